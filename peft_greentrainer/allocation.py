@@ -1,0 +1,167 @@
+"""Decides when to probe, and turns what a probe measured into a selection that is applied to model and optimizer.
+
+    >>> allocator = allocator_of(base_model)
+    >>> allocator.update(step, optimizer)             # after every step
+    >>> allocator.selection.ratio                     # what a step costs now, over full fine-tuning
+    0.4998
+
+One allocator per base model, kept on it: `GreenTrainerModel.update_and_allocate` and `GreenTrainerCallback` use the same.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from .config import GreenTrainerConfig
+from .cost import CostGraph
+from .delta import VALUES
+from .importance import importance, update_rule
+from .model import candidates, layers, set_selection, set_values
+from .param_groups import group_of, keep_in_step
+from .probe import Probe
+from .selection import Selection, select
+
+
+def allocator_of(model: nn.Module) -> Allocator:
+    """The allocator of a base model that has GreenTrainer layers."""
+    if not hasattr(model, "_greentrainer_allocator"):
+        model._greentrainer_allocator = Allocator(model)
+    return model._greentrainer_allocator
+
+
+class Allocator:
+    """Probes and selects while a model is trained.
+
+    Attributes:
+        selection: the last selection, or None before the first.
+        graph: the cost graph that it was made with.
+        importances: the importances that it was made with.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.selection: Selection | None = None
+        self.graph: CostGraph | None = None
+        self.importances: dict[str, float] = {}
+        self._probe: Probe | None = None
+        self._last: int | None = None
+        self._warned = False
+
+    def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""
+        if self.selection is None:
+            self._arm(optimizer)
+        self._last = step
+
+    def update(self, step: int, optimizer: torch.optim.Optimizer, epoch: int | None = None) -> None:
+        """Select if the step that was just taken completed a probe; make the next step a probe if one is due."""
+        adapter_name, config = self._active_adapter()
+        now = step
+        if config.reselect == "epoch":
+            if epoch is None:
+                raise ValueError(
+                    "reselect='epoch' has to know the epoch: call update_and_allocate(step, optimizer, epoch=epoch), or "
+                    "set reselect to a number of steps."
+                )
+            now = epoch
+
+        if self._probe is not None and self._probe.complete:
+            measured, self._probe = self._probe, None
+            if self._select(measured, adapter_name, config, optimizer):
+                self._last = now
+
+        interval = {"epoch": 1, "once": math.inf}.get(config.reselect, config.reselect)
+        ahead = 0 if config.reselect == "epoch" else 1
+        due = self.selection is None or now + ahead - self._last >= interval
+        if self._probe is None and due:
+            self._arm(optimizer)
+
+    def _active_adapter(self):
+        active = {name for layer in layers(self.model).values() for name in layer.active_adapters}
+        if len(active) != 1:
+            raise ValueError(
+                f"Selecting needs exactly one active adapter, and {sorted(active)} are active: call set_adapter with the "
+                "one to train."
+            )
+        adapter_name = active.pop()
+        config = self.model.peft_config[adapter_name]
+        if config.inference_mode:
+            raise ValueError(
+                f"The adapter '{adapter_name}' was loaded for inference: load it with is_trainable=True to train it."
+            )
+        return adapter_name, config
+
+    def _arm(self, optimizer: torch.optim.Optimizer) -> None:
+        adapter_name, config = self._active_adapter()
+        groups = group_of(optimizer, self.model)
+        rates = {name: float(g.get("initial_lr", g["lr"])) for name, g in groups.items()}
+        rule = update_rule(optimizer)
+
+        def measure(name: str, grad: Tensor) -> Tensor:
+            # Warm-up may hold the rate at zero now; only the proportions of the groups' rates matter.
+            return importance(grad, rule, rates.get(name, 1.0))
+
+        self._probe = Probe(
+            self.model,
+            measured_parameters(self.model, adapter_name),
+            measure=measure,
+            batches=config.importance_batches,
+            batch_size=config.probe_batch_size,
+        )
+        self._probe.arm()
+
+    def _select(
+        self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, optimizer: torch.optim.Optimizer
+    ) -> bool:
+        own = candidates(self.model, config).keys()
+        trained = {name for name, parameter in probe.trained().items() if name not in own}
+        graph, importances = probe.read(own | trained)
+        if not all(map(math.isfinite, importances.values())):
+            if not self._warned:
+                warnings.warn(
+                    "The loss or a gradient was not finite in a probe, so the selection stays as it was; the next step is "
+                    "a probe again. If this goes on, lower the learning rate or look for bad examples."
+                )
+                self._warned = True
+            return False
+
+        selection = select(graph, {name: importances[name] for name in graph.tensors}, config.rho, always=trained)
+        self.graph, self.importances, self.selection = graph, importances, selection
+        _apply(self.model, adapter_name, selection.tensors & own, optimizer)
+        return True
+
+
+def measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        module, values, adapter_and_tensor = name.partition(VALUES)
+        if values:
+            adapter, _, tensor = adapter_and_tensor.rpartition(".")
+            if adapter == adapter_name:
+                found[f"{module}.{tensor}"] = parameter
+        elif parameter.is_floating_point():
+            name = name.replace(".base_layer.", ".").replace(f".modules_to_save.{adapter_name}.", ".")
+            found.setdefault(name, parameter)
+    return found
+
+
+def _apply(model: nn.Module, adapter_name: str, selected: frozenset[str], optimizer: torch.optim.Optimizer) -> None:
+    config = model.peft_config[adapter_name]
+    groups = group_of(optimizer, model)
+    before = _values(model, adapter_name)
+    # What the provisional selection trained was a stand-in for the first steps: unless selected now, it is forgotten.
+    kept = set() if config.provisional else config.tensors.keys()
+    set_values(model, adapter_name, selected | kept)
+    set_selection(model, adapter_name, selected)
+    after = {id(value) for value in _values(model, adapter_name)}
+    dropped = [value for value in before if id(value) not in after]
+    keep_in_step(optimizer, model, groups, adapter_name, dropped)
+
+
+def _values(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    return [v for layer in layers(model).values() for v in layer.greentrainer_values[adapter_name].values()]

@@ -1,0 +1,52 @@
+"""By how much would a tensor's next update lower the loss?
+
+    >>> update_rule(torch.optim.AdamW(parameters))
+    'adam'
+    >>> importance(grad, "adam", lr=1e-3)             # grad: any shape -> a float32 scalar tensor
+    tensor(0.0421)
+
+To first order an update `dW` changes the loss by `sum(dW * dL/dW)`; its negative is the importance of the tensor (the
+paper, section 3.2). The paper makes the update and computes the gradient again; the first update that the optimizer
+would make is known in closed form, so one pass is enough and no weight is touched.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+UpdateRule = Literal["adam", "sgd"]
+
+
+def update_rule(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """The rule by which importance is computed for this optimizer: `"sgd"` for SGD, `"adam"` for every other.
+
+    Adam and its kin move a weight that has no moments yet by `lr * sign(grad)`. The moments of tensors that were
+    trained before are left out on purpose: one rule for all, or what was not trained yet would always win.
+    """
+    # accelerate wraps the optimizer in a class of its own.
+    return "sgd" if isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD) else "adam"
+
+
+def importance(grad: Tensor, rule: UpdateRule, lr: float) -> Tensor:
+    """The predicted drop of the loss from the first update of a tensor with this gradient.
+
+        >>> importance(torch.tensor([3.0, -4.0]), "adam", lr=0.1)     # lr * sum(|g|)
+        tensor(0.7000)
+        >>> importance(torch.tensor([3.0, -4.0]), "sgd", lr=0.1)      # lr * sum(g^2)
+        tensor(2.5000)
+
+    Args:
+        grad: the gradient, of any shape and floating-point type. It is read once and not copied.
+        rule: see `update_rule`.
+        lr: learning rate of the tensor's parameter group.
+
+    Returns:
+        A float32 scalar on the gradient's device. It is not finite where the gradient is not.
+    """
+    if rule == "sgd":
+        return lr * torch.linalg.vector_norm(grad, 2, dtype=torch.float32) ** 2
+    return lr * torch.linalg.vector_norm(grad, 1, dtype=torch.float32)

@@ -1,0 +1,261 @@
+"""GreenTrainerLayer: runs a module with trained values in place of some of its own tensors.
+
+    >>> layer = GreenTrainerLayer(nn.Linear(8, 8), "default")
+    >>> layer.add_value("default", "weight")          # a trained copy of base_layer.weight
+    >>> layer.set_selected("default", {"weight"})     # ... that is being trained
+    >>> layer.weight is layer.greentrainer_values["default"]["weight"]
+    True
+
+The base tensor stays as it is, frozen. A tensor that was never selected has no value and costs nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Set
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+
+class GreenTrainerLayer(nn.Module, BaseTunerLayer):
+    """
+    Wraps a module that owns floating-point parameters: linear, convolution, embedding, norm, fused experts.
+
+    The *effective tensor* is the one that forward uses: the active adapter's value, cast to the type of the base
+    tensor, or the base tensor. Reading it from outside (`layer.weight`) gives the effective tensor too, so that code
+    which reads a child's weight trains what it should.
+
+    Args:
+        base_layer (`nn.Module`): The module to wrap.
+        adapter_name (`str`): The name of the first adapter.
+        tied (`dict[str, tuple[GreenTrainerLayer, str]]`, *optional*):
+            For each tensor that is tied to one of another wrapper: that wrapper, which owns the value, and the name
+            of the tensor there.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("greentrainer_values",)
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        tied: Optional[dict[str, tuple[GreenTrainerLayer, str]]] = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.greentrainer_values = nn.ModuleDict()
+        self.merged_adapters = []
+        self._tied = tied or {}
+        self._selected: dict[str, Set[str]] = {}
+        self._float32_values: dict[str, bool] = {}
+        self._unmerged: dict[str, Tensor] = {}
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        # Conv1D of transformers has nx and nf; None where features mean nothing.
+        self.in_features = getattr(base_layer, "in_features", getattr(base_layer, "nx", None))
+        self.out_features = getattr(base_layer, "out_features", getattr(base_layer, "nf", None))
+        self.add_adapter(adapter_name)
+
+    # Values
+
+    def add_adapter(self, adapter_name: str) -> None:
+        """Make room for the values of an adapter."""
+        self.greentrainer_values[adapter_name] = nn.ParameterDict()
+        self._selected[adapter_name] = frozenset()
+        self._float32_values[adapter_name] = True
+
+    def add_value(self, adapter_name: str, tensor: str, init_weights: bool = True) -> None:
+        """Create the value of a tensor, frozen: a copy of the base tensor, in float32 on a half-precision base.
+
+        Weights that are trained in pure bfloat16 do not move at the usual learning rates.
+        """
+        value = self._base_data(tensor).to(self._value_dtype(adapter_name, tensor), copy=True)
+        if not init_weights:
+            value += torch.randn_like(value) * 0.1
+        self.greentrainer_values[adapter_name][tensor] = nn.Parameter(value, requires_grad=False)
+
+    def drop_value(self, adapter_name: str, tensor: str) -> None:
+        """Forget the value of a tensor, which is then its base tensor again."""
+        del self.greentrainer_values[adapter_name][tensor]
+
+    def set_selected(self, adapter_name: str, tensors: Set[str], trainable: bool = True) -> None:
+        """Train the values of these tensors and freeze the adapter's others."""
+        self._selected[adapter_name] = frozenset(tensors)
+        for name, value in self.greentrainer_values[adapter_name].items():
+            value.requires_grad_(trainable and name in tensors)
+            if name not in tensors:
+                value.grad = None
+
+    def set_value_dtype(self, adapter_name: str, float32: bool) -> None:
+        """Keep values in float32 on a half-precision base (`True`), or in the type of the base tensor."""
+        self._float32_values[adapter_name] = float32
+        values = self.greentrainer_values[adapter_name]
+        for name, value in list(values.items()):
+            dtype = self._value_dtype(adapter_name, name)
+            if value.dtype != dtype:
+                values[name] = nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad)
+
+    def _value_dtype(self, adapter_name: str, tensor: str) -> torch.dtype:
+        dtype = self.base_tensor(tensor).dtype
+        return torch.float32 if self._float32_values[adapter_name] and dtype.itemsize < 4 else dtype
+
+    # Tensors
+
+    def base_tensor(self, tensor: str) -> Tensor:
+        """The base model's own parameter."""
+        return self._tensors_of_base(tensor)[tensor]
+
+    def effective_tensor(self, tensor: str) -> Tensor:
+        """The tensor that forward uses."""
+        owner, name = self._tied.get(tensor, (self, tensor))
+        base = owner.base_tensor(name)
+        if owner.merged or owner.disable_adapters:
+            return base
+        return owner._combine(base, name, owner.active_adapters)
+
+    def _combine(self, base: Tensor, tensor: str, adapter_names: list[str]) -> Tensor:
+        values = [
+            self.greentrainer_values[adapter][tensor]
+            for adapter in adapter_names
+            if adapter in self.greentrainer_values and tensor in self.greentrainer_values[adapter]
+        ]
+        if not values:
+            return base
+        if len(values) == 1:
+            return values[0] if values[0].dtype == base.dtype else values[0].to(base.dtype)
+        return (base + sum(value - base for value in values)).to(base.dtype)
+
+    def _base_data(self, tensor: str) -> Tensor:
+        return self._unmerged.get(tensor, self.base_tensor(tensor).detach())
+
+    def _tensors_of_base(self, tensor: str) -> dict[str, Any]:
+        # FSDP1 keeps the views of its flat parameter in __dict__, where they hide what is in _parameters.
+        return self.base_layer.__dict__ if tensor in self.base_layer.__dict__ else self.base_layer._parameters
+
+    # Forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        swapped = []
+        if not (self.merged or self.disable_adapters):
+            for tensor in self._tensors_with_value():
+                own = self._tensors_of_base(tensor)
+                swapped.append((own, tensor, own[tensor]))
+                own[tensor] = self.effective_tensor(tensor)
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            for own, tensor, base in swapped:
+                own[tensor] = base
+
+    def _tensors_with_value(self) -> Iterator[str]:
+        seen = set(self._tied)
+        yield from self._tied
+        for adapter in self.active_adapters:
+            if adapter in self.greentrainer_values:
+                new = self.greentrainer_values[adapter].keys() - seen
+                seen |= new
+                yield from new
+
+    # What peft asks of a tuner layer
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Write the effective values into the base tensors, exactly.
+
+        Args:
+            safe_merge (`bool`): Refuse values that are not finite, before anything is written.
+            adapter_names (`list[str]`, *optional*): The adapters to merge; default: the active ones.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        if not adapter_names:
+            return
+        adapter_names = self.merged_adapters + adapter_names
+        values = [
+            self.greentrainer_values[adapter] for adapter in adapter_names if adapter in self.greentrainer_values
+        ]
+        tensors = {tensor for of_adapter in values for tensor in of_adapter}
+        merged = {t: self._combine(self._base_data(t), t, adapter_names).detach().clone() for t in sorted(tensors)}
+        for tensor, value in merged.items():
+            if safe_merge and not torch.isfinite(value).all():
+                raise ValueError(
+                    f"NaNs or infinities in the merged {tensor}. The adapter {adapter_names[-1]} seems to be broken."
+                )
+        for tensor, value in merged.items():
+            self._unmerged.setdefault(tensor, self.base_tensor(tensor).data)
+            self.base_tensor(tensor).data = value
+        self.merged_adapters = adapter_names
+
+    def unmerge(self) -> None:
+        """Put the base tensors back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        for tensor, base in self._unmerged.items():
+            self.base_tensor(tensor).data = base
+        self._unmerged = {}
+        self.merged_adapters = []
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
+        # peft turns gradients on for an adapter as a whole; only selected values may have them.
+        for adapter, values in self.greentrainer_values.items():
+            for name, value in values.items():
+                if name not in self._selected[adapter]:
+                    value.requires_grad_(False)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
+        values = self.greentrainer_values[adapter_name] if adapter_name in self.greentrainer_values else {}
+        for name, value in list(values.items()):
+            if value.device.type != "meta":
+                value.data = value.data.to(device or self.base_tensor(name).device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._selected.pop(adapter_name, None)
+        self._float32_values.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._attribute("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        return self._attribute("bias")
+
+    def __getattr__(self, name: str) -> Any:
+        """Forward missing attributes to the wrapped module, tensors as effective tensors."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not yet set, while copying or unpickling
+                raise
+            return self._attribute(name)
+
+    def _attribute(self, name: str) -> Any:
+        value = getattr(self.base_layer, name)
+        return self.effective_tensor(name) if isinstance(value, nn.Parameter) else value
+
+    def extra_repr(self) -> str:
+        return ""
+
+    def __repr__(self) -> str:
+        return "greentrainer." + super().__repr__()
+
+
+class GreenTrainerLayerNorm(GreenTrainerLayer, nn.LayerNorm):
+    """The wrapper of an `nn.LayerNorm` is one too: transformers takes norms out of weight decay by their class."""
+
+
+def wrap(
+    module: nn.Module, adapter_name: str, tied: Optional[dict[str, tuple[GreenTrainerLayer, str]]] = None
+) -> GreenTrainerLayer:
+    """The wrapper for this module."""
+    cls = GreenTrainerLayerNorm if isinstance(module, nn.LayerNorm) else GreenTrainerLayer
+    return cls(module, adapter_name, tied)

@@ -1,0 +1,358 @@
+"""GreenTrainerModel: the peft tuner. It wraps the modules that own candidate tensors and keeps the selection."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, Optional
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .config import GreenTrainerConfig
+from .delta import VALUES, check_fingerprint, fingerprint, tensor_of_key
+from .layer import GreenTrainerLayer, wrap
+
+
+class GreenTrainerModel(BaseTuner):
+    """
+    Trains, within a budget of FLOPs, the tensors that lower the loss most (https://arxiv.org/abs/2309.13192).
+
+        >>> model = get_peft_model(base, GreenTrainerConfig(rho=0.5, task_type="CAUSAL_LM"))
+        >>> Trainer(model, args, train_dataset=train, callbacks=[GreenTrainerCallback()]).train()
+
+    Until the first probe has measured anything, a provisional selection made from sizes alone is trained.
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        config ([`GreenTrainerConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+
+    **Attributes**:
+        - **model** ([`torch.nn.Module`]) -- The model to be adapted.
+        - **peft_config** ([`GreenTrainerConfig`]): The configuration of the adapter.
+    """
+
+    prefix: str = "greentrainer_"
+    tuner_layer_cls = GreenTrainerLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def update_and_allocate(self, step: int, optimizer: torch.optim.Optimizer, *, epoch: Optional[int] = None) -> None:
+        """
+        Call this in every step, after `optimizer.step()` and before `optimizer.zero_grad()`. When a selection is due
+        it makes the next step a probe, and after the probe it selects and keeps the optimizer's groups in step.
+
+            >>> for step, batch in enumerate(loader):
+            ...     model(**batch).loss.backward()
+            ...     optimizer.step()
+            ...     model.base_model.update_and_allocate(step, optimizer)
+            ...     optimizer.zero_grad()
+
+        Args:
+            step (`int`): The number of the step that was just taken.
+            optimizer (`torch.optim.Optimizer`): The optimizer; it stays the same object.
+            epoch (`int`, *optional*): The number of the epoch; needed for `reselect="epoch"`.
+
+        Raises:
+            ValueError: `rho` under the floor; two active adapters; `reselect="epoch"` without `epoch`.
+        """
+        # The adapter knows nothing of cost: what joins the two is imported when training asks for it.
+        from .allocation import allocator_of
+
+        allocator_of(self.model).update(step, optimizer, epoch)
+
+    @property
+    def selection(self):
+        """The last selection that was made ([`Selection`]), or None before the first."""
+        from .allocation import allocator_of
+
+        return allocator_of(self.model).selection
+
+    # What peft's injection asks for
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Optional[dict[str, Tensor]] = None,
+    ) -> None:
+        if state_dict is not None:
+            config = self.peft_config[adapter_name]
+            names = [tensor_of_key(key) for key in state_dict if VALUES in key]
+            config.tensors = {name: (config.tensors or {}).get(name) for name in names}
+            config.provisional = False
+        # Which modules to wrap follows from the config also where the file is at hand: tied tensors are read by
+        # modules that the file does not name.
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def _prepare_adapter_config(self, peft_config: GreenTrainerConfig, model_config: dict) -> GreenTrainerConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: GreenTrainerConfig, model: nn.Module) -> None:
+        self._plan = _plan(peft_config, model)
+        self._holders = _holders(model)
+        owned = {f"{key}.{name}": t for key, (own, _) in self._plan.items() for name, t in own.items()}
+        if peft_config.tensors is None or peft_config.provisional:
+            sizes = {name: tensor.numel() for name, tensor in owned.items()}
+            selected = _provisional_selection(sizes, peft_config.rho)
+            peft_config.tensors = {name: fingerprint(owned[name]) for name in selected}
+            peft_config.selected = selected
+            peft_config.provisional = True
+        for name, expected in peft_config.tensors.items():
+            if name not in owned:
+                raise ValueError(
+                    f"This delta changes {name}, which is not a candidate tensor of this model. Load it onto the base "
+                    "model that it was trained on."
+                )
+            if expected is None:
+                peft_config.tensors[name] = fingerprint(owned[name])
+            else:
+                check_fingerprint(name, expected, owned[name])
+        if peft_config.selected is None:
+            peft_config.selected = list(peft_config.tensors)
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+        if key in self._plan:
+            return True
+        matched = _matches(peft_config, key)
+        # peft wants to see its marker of an excluded module; a module that matches and owns no candidate is no target.
+        return False if matched else matched
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        pass
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        # peft warns of tied embeddings; here a tied tensor has one owner, and the others read through it.
+        pass
+
+    def _check_merge_allowed(self) -> None:
+        pass
+
+    def _create_and_replace(
+        self,
+        peft_config: GreenTrainerConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        own, tied = self._plan[current_key]
+        if isinstance(target, GreenTrainerLayer):
+            layer = target
+            layer.add_adapter(adapter_name)
+        else:
+            layer = wrap(
+                target, adapter_name, {name: (self.model.get_submodule(key), t) for name, (key, t) in tied.items()}
+            )
+            self._replace_module(parent, target_name, layer, target)
+        for name in own:
+            if f"{current_key}.{name}" in peft_config.tensors:
+                layer.add_value(adapter_name, name, peft_config.init_weights)
+        trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
+        selected = {name for name in own if f"{current_key}.{name}" in peft_config.selected}
+        layer.set_selected(adapter_name, selected, trainable)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        for holder, name in self._holders[id(child)]:
+            setattr(holder, name, new_module)
+        self._holders[id(new_module)] = self._holders[id(child)]
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        self._holders = _holders(self.model)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for layer in layers(self.model).values():
+            if adapter_name in layer.greentrainer_values:
+                layer.set_value_dtype(adapter_name, float32=autocast_adapter_dtype)
+
+    # What peft's saving and loading ask for
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        if config.provisional and config.init_weights and _has_moved(model, adapter_name):
+            warnings.warn(
+                "This adapter was trained, but no selection was ever made: what was trained was chosen from sizes alone. "
+                "Add callbacks=[GreenTrainerCallback()] to the Trainer, or call "
+                "model.base_model.update_and_allocate(step, optimizer) in every step of the loop.",
+                stacklevel=2,
+            )
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        in_file = {tensor_of_key(key) for key in state_dict if VALUES in key}
+        if in_file != set(config.tensors):
+            # A checkpoint of a run whose selection has changed since. Every tensor in it is trainable until the
+            # callback restores the selection: the optimizer's state is loaded by position.
+            set_values(model, adapter_name, in_file)
+            set_selection(model, adapter_name, in_file)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def layers(model: nn.Module) -> dict[str, GreenTrainerLayer]:
+    """The wrappers in a model, by the name of the module in the base model."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, GreenTrainerLayer)
+    }
+
+
+def candidates(model: nn.Module, config: GreenTrainerConfig) -> dict[str, tuple[GreenTrainerLayer, str]]:
+    """The tensors that the adapter with this config may train: for each, its wrapper and its name there."""
+    return {
+        f"{key}.{name}": (layer, name)
+        for key, (own, _) in _plan(config, model).items()
+        for layer in [model.get_submodule(key)]
+        for name in own
+    }
+
+
+def set_values(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
+    """Make exactly these tensors have a value: missing ones start at the base tensor, others are dropped."""
+    tensors = set(tensors)
+    config = model.peft_config[adapter_name]
+    prints = {}
+    for key, layer in layers(model).items():
+        values = layer.greentrainer_values[adapter_name] if adapter_name in layer.greentrainer_values else {}
+        for name in [name for name in values if f"{key}.{name}" not in tensors]:
+            layer.drop_value(adapter_name, name)
+        for name, _ in layer.base_layer.named_parameters(recurse=False):
+            if f"{key}.{name}" in tensors:
+                if name not in values:
+                    layer.add_value(adapter_name, name)
+                prints[f"{key}.{name}"] = (config.tensors or {}).get(f"{key}.{name}") or fingerprint(
+                    layer._base_data(name)
+                )
+    missing = tensors - prints.keys()
+    if missing:
+        raise ValueError(
+            f"The adapter '{adapter_name}' has no module for {sorted(missing)[:3]}: was it made for this model?"
+        )
+    config.tensors = {name: prints[name] for name in prints}
+
+
+def set_selection(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
+    """Train exactly these tensors, all of which have a value."""
+    tensors = set(tensors)
+    config = model.peft_config[adapter_name]
+    config.selected = [name for name in config.tensors if name in tensors]
+    config.provisional = False
+    for key, layer in layers(model).items():
+        if adapter_name in layer.greentrainer_values:
+            selected = {name for name in layer.greentrainer_values[adapter_name] if f"{key}.{name}" in tensors}
+            active = adapter_name in layer.active_adapters
+            layer.set_selected(adapter_name, selected, trainable=active and not config.inference_mode)
+
+
+Plan = dict[str, tuple[dict[str, Tensor], dict[str, tuple[str, str]]]]
+
+
+def _plan(config: GreenTrainerConfig, model: nn.Module) -> Plan:
+    """Which modules to wrap: for each, the candidate tensors that it owns and those that it reads from another owner.
+
+    A tensor that several modules share belongs to the first of them. It is a candidate if any of them is targeted and
+    none is excluded.
+    """
+    owners = _owners(model)
+    _check_patterns(config, owners)
+    excluded = copy.copy(config)
+    excluded.target_modules = ".*"
+    uses = defaultdict(list)
+    for key, module in owners.items():
+        for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+            if tensor.is_floating_point():
+                uses[id(tensor)].append((key, name, tensor))
+    plan: Plan = defaultdict(lambda: ({}, {}))
+    for shared in uses.values():
+        targeted = any(_matches(config, key) for key, _, _ in shared)
+        if targeted and all(_matches(excluded, key) for key, _, _ in shared):
+            (owner, owned, tensor), *readers = shared
+            plan[owner][0][owned] = tensor
+            for key, name, _ in readers:
+                plan[key][1][name] = (owner, owned)
+    return dict(plan)
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that own floating-point parameters and whose children own none, by name; wrappers unwrapped."""
+    owners, inside = {}, []
+    for key, module in model.named_modules():
+        if any(key.startswith(prefix) for prefix in inside[-1:]):
+            continue
+        if isinstance(module, (GreenTrainerLayer, AuxiliaryTrainingWrapper)):
+            inside.append(f"{key}.")
+        module = module.base_layer if isinstance(module, GreenTrainerLayer) else module
+        own = list(module.parameters(recurse=False))
+        nested = any(True for child in module.children() for _ in child.parameters())
+        if key and not nested and any(p.is_floating_point() for p in own):
+            owners[key] = module
+    return owners
+
+
+def _matches(config: GreenTrainerConfig, key: str) -> Any:
+    if config.target_modules is None:
+        config = copy.copy(config)
+        config.target_modules = ".*"
+    return check_target_module_exists(config, key)
+
+
+def _check_patterns(config: GreenTrainerConfig, owners: Iterable[str]) -> None:
+    for field in ("target_modules", "exclude_modules"):
+        patterns = getattr(config, field) or []
+        for pattern in [patterns] if isinstance(patterns, str) else sorted(patterns):
+            if isinstance(patterns, str):
+                found = pattern == INCLUDE_LINEAR_LAYERS_SHORTHAND or any(re.fullmatch(pattern, key) for key in owners)
+            else:
+                found = any(key == pattern or key.endswith(f".{pattern}") for key in owners)
+            if not found:
+                raise ValueError(
+                    f"{field}={pattern!r} matches no module that owns floating-point parameters. Modules of this model: "
+                    f"{', '.join(list(owners)[:4])}, ..."
+                )
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place in the model where a module is a child: a module object can have several parents."""
+    holders = defaultdict(list)
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            holders[id(child)].append((parent, name))
+    return holders
+
+
+def _provisional_selection(sizes: dict[str, int], rho: float) -> list[str]:
+    """The last tensors that may cost about `rho`, if forward, activation gradients and weight gradients are a third each.
+
+    >>> _provisional_selection({"a": 10, "b": 10, "c": 10, "d": 10}, rho=0.67)
+    ['c', 'd']
+    """
+    room = (1.5 * rho - 0.5) * sum(sizes.values())
+    selected = []
+    for name, size in reversed(sizes.items()):
+        room -= size
+        if room < 0 and selected:
+            break
+        selected.insert(0, name)
+    return selected
+
+
+def _has_moved(model: nn.Module, adapter_name: str) -> bool:
+    return any(
+        not torch.equal(value, layer.base_tensor(name).to(value.dtype))
+        for layer in layers(model).values()
+        if adapter_name in layer.greentrainer_values and not layer.merged
+        for name, value in layer.greentrainer_values[adapter_name].items()
+    )
