@@ -80,7 +80,13 @@ class Allocator:
         if self._probe is None and due:
             self._arm(optimizer)
 
-    def _active_adapter(self):
+    def end(self) -> None:
+        """Call off a probe that no further step will complete."""
+        if self._probe is not None:
+            self._probe.disarm()
+            self._probe = None
+
+    def _active_adapter(self) -> tuple[str, GreenTrainerConfig]:
         active = {name for layer in layers(self.model).values() for name in layer.active_adapters}
         if len(active) != 1:
             raise ValueError(
@@ -99,10 +105,11 @@ class Allocator:
         adapter_name, config = self._active_adapter()
         groups = group_of(optimizer, self.model)
         rates = {name: float(g.get("initial_lr", g["lr"])) for name, g in groups.items()}
+        if not any(rates.values()):  # a warm-up that starts at zero; only the proportions of rates matter
+            rates = dict.fromkeys(rates, 1.0)
         rule = update_rule(optimizer)
 
         def measure(name: str, grad: Tensor) -> Tensor:
-            # Warm-up may hold the rate at zero now; only the proportions of the groups' rates matter.
             return importance(grad, rule, rates.get(name, 1.0))
 
         self._probe = Probe(

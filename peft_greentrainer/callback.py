@@ -47,7 +47,9 @@ class GreenTrainerCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ) -> None:
-        if allocator_of(base_model(model)).selection is None:
+        allocator = allocator_of(base_model(model))
+        allocator.end()
+        if allocator.selection is None:
             warnings.warn(
                 "Training ended and no selection was ever made: no probe saw a finite loss. What was trained was chosen "
                 "from sizes alone. Train for more steps, or look at the loss of the first batches."

@@ -15,7 +15,6 @@ experts need no rules of their own (design: the cost graph; the paper, section 3
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,10 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from .formulas import looks_like_matmul, missing_formulas
+from .recorder import CostRecorder
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,164 +79,39 @@ class CostGraph:
             )
         return [self._row[name] for name in tensors]
 
-    @cached_property
-    def _row(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self.tensors)}
-
-
-class CostRecorder(TorchDispatchMode):
-    """Records the forward FLOPs and the dataflow of the costed backward operations while it is active.
-
-        >>> with CostRecorder() as recorder:
-        ...     loss = model(**batch).loss
-        ...     loss.backward()                       # hooks call recorder.mark(name, grad) as gradients arrive
-        >>> graph = recorder.graph(candidates)
-
-    It keeps no tensor alive: every tensor made in the backward pass carries the set of its costed ancestors, an int
-    used as a bit set, as an attribute.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forward_flops = 0
-        self._costs = [0]  # bit 0 of a set of ancestors stands for no operation
-        self._needed_by: dict[str, int] = {}
-        self._recomputed_segment = 0
-        self._formulas = {**flop_registry, **{op: shape_wrapper(f) for op, f in missing_formulas().items()}}
-        self._formula_of: dict[Any, Callable[..., int] | None] = {}
-
-    def mark(self, name: str, grad: Tensor) -> None:
-        """Note that `grad` is the gradient of the tensor `name`. Call it as gradients arrive."""
-        self._needed_by[name] = self._needed_by.pop(name, 0) | _ancestors(grad)
-
-    def graph(self, candidates: Iterable[str]) -> CostGraph:
-        """The cost graph of what was recorded, with those `candidates` that got a gradient.
+    @classmethod
+    def of(cls, recorder: CostRecorder, candidates: Iterable[str]) -> CostGraph:
+        """The cost graph of what was recorded, with those candidates that got a gradient.
 
         Raises `ValueError` where none of them did.
         """
         candidates = set(candidates)
-        names = list(reversed(self._needed_by))  # gradients arrive in the reverse of execution order
+        names = list(reversed(recorder.needed_by))  # gradients arrive in the reverse of execution order
         if not candidates.intersection(names):
             raise ValueError("The loss reaches no candidate tensor: check that it depends on the model's parameters.")
-        width = (len(self._costs) + 7) // 8
-        packed = np.array(
-            [np.frombuffer(self._needed_by[name].to_bytes(width, "little"), dtype=np.uint8) for name in names]
-        ).reshape(len(names), width)
-        needs = np.unpackbits(packed, axis=1, count=len(self._costs), bitorder="little").astype(bool)
-        costs = np.array(self._costs, dtype=np.int64)
+        n_operations = len(recorder.costs)
+        width = (n_operations + 7) // 8
+        bits = [np.frombuffer(recorder.needed_by[name].to_bytes(width, "little"), dtype=np.uint8) for name in names]
+        needs = np.unpackbits(np.stack(bits), axis=1, count=n_operations, bitorder="little").astype(bool)
 
-        # Operations that the same tensors need are one class, those that no tensor needs are none.
-        patterns, class_of_op = np.unique(np.packbits(needs, axis=0), axis=1, return_inverse=True)
-        class_costs = np.zeros(patterns.shape[1], dtype=np.int64)
-        np.add.at(class_costs, class_of_op.reshape(-1), costs)
+        # Operations that the same tensors need are one class.
+        patterns, class_of = np.unique(np.packbits(needs, axis=0), axis=1, return_inverse=True)
+        costs = np.zeros(patterns.shape[1], dtype=np.int64)
+        np.add.at(costs, class_of.reshape(-1), np.array(recorder.costs, dtype=np.int64))
         needs = np.unpackbits(patterns, axis=0, count=len(names)).astype(bool)
 
         rows = [i for i, name in enumerate(names) if name in candidates]
-        return CostGraph(
+        return cls(
             tensors=tuple(names[i] for i in rows),
-            forward_flops=self.forward_flops,
-            full_flops=self.forward_flops + int(class_costs @ needs.any(axis=0)),
-            costs=class_costs,
+            forward_flops=recorder.forward_flops,
+            full_flops=recorder.forward_flops + int(costs @ needs.any(axis=0)),
+            costs=costs,
             needs=needs[rows],
         )
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func not in self._formula_of:
-            self._formula_of[func] = self._find_formula(func, args)
-        formula = self._formula_of[func]
-        if formula is _decompose:
-            with self:
-                return func.decompose(*args, **kwargs)
-
-        out = func(*args, **kwargs)
-        if torch._C._current_graph_task_id() == -1:
-            if formula is not None:
-                self.forward_flops += formula(*args, **kwargs, out_val=out)
-            return out
-
-        inherited = 0
-        for tensor in _tensors(args):
-            inherited |= _ancestors(tensor)
-        if kwargs:
-            for tensor in _tensors(kwargs.values()):
-                inherited |= _ancestors(tensor)
-
-        if torch.is_grad_enabled():
-            # Gradient checkpointing runs a segment of the forward pass again, as a whole, for the first gradient that
-            # needs any of it: one bit for the segment.
-            if not self._recomputed_segment:
-                self._recomputed_segment = self._new_operation(0)
-            inherited |= self._recomputed_segment
-            if formula is not None:
-                self._costs[self._recomputed_segment.bit_length() - 1] += formula(*args, **kwargs, out_val=out)
-        else:
-            self._recomputed_segment = 0
-            if func is torch.ops.aten.convolution_backward.default:
-                self._split_convolution_backward(formula, inherited, args, kwargs, out)
-                return out
-            if formula is not None:
-                inherited |= self._new_operation(formula(*args, **kwargs, out_val=out))
-
-        if inherited:
-            written = args if func._schema.is_mutable else ()
-            for tensor in _tensors((out, *written)):
-                _inherit(tensor, inherited)
-        return out
-
-    def _new_operation(self, flops: int) -> int:
-        self._costs.append(flops)
-        return 1 << (len(self._costs) - 1)
-
-    def _split_convolution_backward(self, formula, inherited: int, args, kwargs, out) -> None:
-        # One operation makes the gradients of input and weight, but runs only for those that are asked for.
-        *_, output_mask = args
-        for i, grad in enumerate(out):
-            if output_mask[i]:
-                only_this = [i == j for j in range(3)]
-                flops = formula(
-                    *args[:-1], only_this, **kwargs, out_val=[g if m else None for g, m in zip(out, only_this)]
-                )
-                _inherit(grad, inherited | (self._new_operation(flops) if flops else 0))
-
-    def _find_formula(self, func, args):
-        packet = getattr(func, "_overloadpacket", func)
-        if packet in self._formulas:
-            return self._formulas[packet]
-        if isinstance(func, torch._ops.OpOverload):
-            if func._can_decompose():
-                return _decompose
-            if looks_like_matmul(func, args):
-                warnings.warn(
-                    f"{func._schema.name} looks like a matrix product but has no FLOP formula, so it counts as free. Add "
-                    "one with torch.utils.flop_counter.register_flop_formula.",
-                    stacklevel=2,
-                )
-        return None
-
-
-def _decompose(*args, **kwargs) -> int:
-    raise AssertionError("marks operations that are recorded as their parts")
-
-
-def _tensors(values) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
-def _ancestors(tensor: Tensor) -> int:
-    ancestors = getattr(tensor, "_costed_ancestors", 0)
-    base = tensor._base
-    return ancestors if base is None else ancestors | getattr(base, "_costed_ancestors", 0)
-
-
-def _inherit(tensor: Tensor, ancestors: int) -> None:
-    tensor._costed_ancestors = _ancestors(tensor) | ancestors
-    if tensor._base is not None:
-        tensor._base._costed_ancestors = _ancestors(tensor._base) | ancestors
+    @cached_property
+    def _row(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.tensors)}
 
 
 def profile(
@@ -276,7 +148,7 @@ def profile(
 
     recorder = CostRecorder()
     record(recorder, model, loss, parameters, recorder.mark)
-    return recorder.graph(parameters if candidates is None else candidates)
+    return CostGraph.of(recorder, parameters if candidates is None else candidates)
 
 
 def record(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,14 +9,13 @@ from typing import Any, Optional
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from .config import GreenTrainerConfig
 from .delta import VALUES, check_fingerprint, fingerprint, tensor_of_key
 from .layer import GreenTrainerLayer, wrap
+from .targets import matches, plan_wrappers
 
 
 class GreenTrainerModel(BaseTuner):
@@ -95,10 +92,11 @@ class GreenTrainerModel(BaseTuner):
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def _prepare_adapter_config(self, peft_config: GreenTrainerConfig, model_config: dict) -> GreenTrainerConfig:
-        return peft_config
+        # peft does this too, but only after `_prepare_model`.
+        return _maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config: GreenTrainerConfig, model: nn.Module) -> None:
-        self._plan = _plan(peft_config, model)
+        self._plan = plan_wrappers(peft_config, model)
         self._holders = _holders(model)
         owned = {f"{key}.{name}": t for key, (own, _) in self._plan.items() for name, t in own.items()}
         if peft_config.tensors is None or peft_config.provisional:
@@ -123,7 +121,7 @@ class GreenTrainerModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
         if key in self._plan:
             return True
-        matched = _matches(peft_config, key)
+        matched = matches(peft_config, key)
         # peft wants to see its marker of an excluded module; a module that matches and owns no candidate is no target.
         return False if matched else matched
 
@@ -214,7 +212,7 @@ def candidates(model: nn.Module, config: GreenTrainerConfig) -> dict[str, tuple[
     """The tensors that the adapter with this config may train: for each, its wrapper and its name there."""
     return {
         f"{key}.{name}": (layer, name)
-        for key, (own, _) in _plan(config, model).items()
+        for key, (own, _) in plan_wrappers(config, model).items()
         for layer in [model.get_submodule(key)]
         for name in own
     }
@@ -255,73 +253,6 @@ def set_selection(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -
             selected = {name for name in layer.greentrainer_values[adapter_name] if f"{key}.{name}" in tensors}
             active = adapter_name in layer.active_adapters
             layer.set_selected(adapter_name, selected, trainable=active and not config.inference_mode)
-
-
-Plan = dict[str, tuple[dict[str, Tensor], dict[str, tuple[str, str]]]]
-
-
-def _plan(config: GreenTrainerConfig, model: nn.Module) -> Plan:
-    """Which modules to wrap: for each, the candidate tensors that it owns and those that it reads from another owner.
-
-    A tensor that several modules share belongs to the first of them. It is a candidate if any of them is targeted and
-    none is excluded.
-    """
-    owners = _owners(model)
-    _check_patterns(config, owners)
-    excluded = copy.copy(config)
-    excluded.target_modules = ".*"
-    uses = defaultdict(list)
-    for key, module in owners.items():
-        for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
-            if tensor.is_floating_point():
-                uses[id(tensor)].append((key, name, tensor))
-    plan: Plan = defaultdict(lambda: ({}, {}))
-    for shared in uses.values():
-        targeted = any(_matches(config, key) for key, _, _ in shared)
-        if targeted and all(_matches(excluded, key) for key, _, _ in shared):
-            (owner, owned, tensor), *readers = shared
-            plan[owner][0][owned] = tensor
-            for key, name, _ in readers:
-                plan[key][1][name] = (owner, owned)
-    return dict(plan)
-
-
-def _owners(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that own floating-point parameters and whose children own none, by name; wrappers unwrapped."""
-    owners, inside = {}, []
-    for key, module in model.named_modules():
-        if any(key.startswith(prefix) for prefix in inside[-1:]):
-            continue
-        if isinstance(module, (GreenTrainerLayer, AuxiliaryTrainingWrapper)):
-            inside.append(f"{key}.")
-        module = module.base_layer if isinstance(module, GreenTrainerLayer) else module
-        own = list(module.parameters(recurse=False))
-        nested = any(True for child in module.children() for _ in child.parameters())
-        if key and not nested and any(p.is_floating_point() for p in own):
-            owners[key] = module
-    return owners
-
-
-def _matches(config: GreenTrainerConfig, key: str) -> Any:
-    if config.target_modules is None:
-        config = copy.copy(config)
-        config.target_modules = ".*"
-    return check_target_module_exists(config, key)
-
-
-def _check_patterns(config: GreenTrainerConfig, owners: Iterable[str]) -> None:
-    for field in ("target_modules", "exclude_modules"):
-        patterns = getattr(config, field) or []
-        for pattern in [patterns] if isinstance(patterns, str) else sorted(patterns):
-            if isinstance(patterns, str):
-                found = pattern == INCLUDE_LINEAR_LAYERS_SHORTHAND or any(re.fullmatch(pattern, key) for key in owners)
-            else:
-                found = any(key == pattern or key.endswith(f".{pattern}") for key in owners)
-            if not found:
-                raise ValueError(
-                    f"{field}={pattern!r} matches no module that owns floating-point parameters. Modules of this model: "
-                    f"{', '.join(list(owners)[:4])}, ..."
-                )
 
 
 def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

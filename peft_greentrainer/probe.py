@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cost import CostGraph, CostRecorder, free_gradient, loss_of, record
+from .cost import CostGraph, free_gradient, loss_of, record
+from .recorder import CostRecorder
 
 
 class Probe:
@@ -84,7 +85,7 @@ class Probe:
         assert self.complete
         self.disarm()
         importances = {name: total.item() / self.passes for name, total in self._sums.items()}
-        return self._recorder.graph(candidates), importances
+        return CostGraph.of(self._recorder, candidates), importances
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():  # an evaluation, or a reference model's pass

@@ -24,7 +24,7 @@ import numpy as np
 from .cost import CostGraph
 
 
-# Costs are rounded up to this fraction of the budget, so what is chosen always fits.
+# Costs are rounded up to about this fraction of the budget, so what is chosen always fits.
 RESOLUTION = 4000
 # So many sets of shared operations around a local optimum get a knapsack of their own.
 PROMISING = 32
@@ -218,7 +218,9 @@ def _knapsack(value: np.ndarray, cost: np.ndarray, capacity: np.ndarray, budget:
 
     One 0/1 knapsack, read off after every item at that item's capacity: O(items * RESOLUTION).
     """
-    unit = max(1, budget // RESOLUTION)
+    # Layers of one shape have costs with a large common divisor: then nothing is rounded.
+    common = int(np.gcd.reduce(cost[cost > 0], initial=0)) or 1
+    unit = common * max(1, budget // (common * RESOLUTION))
     weight = -(-cost // unit)
     limit = capacity // unit
     best = np.zeros(budget // unit + 1)

@@ -1,0 +1,142 @@
+"""Records what a backward pass costs, and which of its operations each gradient needs.
+
+The ancestors of a tensor's gradient among the costed operations are exactly what autograd runs when that tensor is
+trained. So the dataflow of one pass in which every tensor is trained tells the cost of training any of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from .formulas import looks_like_matmul, missing_formulas
+
+
+class CostRecorder(TorchDispatchMode):
+    """Records the forward FLOPs and the dataflow of the costed backward operations while it is active.
+
+        >>> with CostRecorder() as recorder:
+        ...     loss = model(**batch).loss
+        ...     loss.backward()                       # hooks call recorder.mark(name, grad) as gradients arrive
+        >>> graph = CostGraph.of(recorder, candidates)
+
+    It keeps no tensor alive: every tensor made in the backward pass carries the set of its costed ancestors, an int
+    used as a bit set, as an attribute.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward_flops = 0
+        self.costs = [0]  # bit 0 of a set of ancestors stands for no operation
+        self.needed_by: dict[str, int] = {}
+        self._recomputed_segment = 0
+        self._formulas = {**flop_registry, **{op: shape_wrapper(f) for op, f in missing_formulas().items()}}
+        self._formula_of: dict[Any, Callable[..., int] | None] = {}
+
+    def mark(self, name: str, grad: Tensor) -> None:
+        """Note that `grad` is the gradient of the tensor `name`. Call it as gradients arrive."""
+        self.needed_by[name] = self.needed_by.pop(name, 0) | _ancestors(grad)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in self._formula_of:
+            self._formula_of[func] = self._find_formula(func, args)
+        formula = self._formula_of[func]
+        if formula is _decompose:
+            with self:
+                return func.decompose(*args, **kwargs)
+
+        out = func(*args, **kwargs)
+        if torch._C._current_graph_task_id() == -1:
+            if formula is not None:
+                self.forward_flops += formula(*args, **kwargs, out_val=out)
+            return out
+
+        inherited = 0
+        for tensor in _tensors(args):
+            inherited |= _ancestors(tensor)
+        if kwargs:
+            for tensor in _tensors(kwargs.values()):
+                inherited |= _ancestors(tensor)
+
+        if torch.is_grad_enabled():
+            # Gradient checkpointing runs a segment of the forward pass again, as a whole, for the first gradient that
+            # needs any of it: one bit for the segment.
+            if not self._recomputed_segment:
+                self._recomputed_segment = self._new_operation(0)
+            inherited |= self._recomputed_segment
+            if formula is not None:
+                self.costs[self._recomputed_segment.bit_length() - 1] += formula(*args, **kwargs, out_val=out)
+        else:
+            self._recomputed_segment = 0
+            if func is torch.ops.aten.convolution_backward.default:
+                self._split_convolution_backward(formula, inherited, args, kwargs, out)
+                return out
+            if formula is not None:
+                inherited |= self._new_operation(formula(*args, **kwargs, out_val=out))
+
+        if inherited:
+            written = args if func._schema.is_mutable else ()
+            for tensor in _tensors((out, *written)):
+                _inherit(tensor, inherited)
+        return out
+
+    def _new_operation(self, flops: int) -> int:
+        self.costs.append(flops)
+        return 1 << (len(self.costs) - 1)
+
+    def _split_convolution_backward(self, formula, inherited: int, args, kwargs, out) -> None:
+        # One operation makes the gradients of input and weight, but runs only for those that are asked for.
+        *_, output_mask = args
+        for i, grad in enumerate(out):
+            if output_mask[i]:
+                only_this = [i == j for j in range(3)]
+                flops = formula(
+                    *args[:-1], only_this, **kwargs, out_val=[g if m else None for g, m in zip(out, only_this)]
+                )
+                _inherit(grad, inherited | (self._new_operation(flops) if flops else 0))
+
+    def _find_formula(self, func, args):
+        packet = getattr(func, "_overloadpacket", func)
+        if packet in self._formulas:
+            return self._formulas[packet]
+        if isinstance(func, torch._ops.OpOverload):
+            if func._can_decompose():
+                return _decompose
+            if looks_like_matmul(func, args):
+                warnings.warn(
+                    f"{func._schema.name} looks like a matrix product but has no FLOP formula, so it counts as free. Add "
+                    "one with torch.utils.flop_counter.register_flop_formula.",
+                    stacklevel=2,
+                )
+        return None
+
+
+def _decompose(*args, **kwargs) -> int:
+    raise AssertionError("marks operations that are recorded as their parts")
+
+
+def _tensors(values) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _ancestors(tensor: Tensor) -> int:
+    ancestors = getattr(tensor, "_costed_ancestors", 0)
+    base = tensor._base
+    return ancestors if base is None else ancestors | getattr(base, "_costed_ancestors", 0)
+
+
+def _inherit(tensor: Tensor, ancestors: int) -> None:
+    tensor._costed_ancestors = _ancestors(tensor) | ancestors
+    if tensor._base is not None:
+        tensor._base._costed_ancestors = _ancestors(tensor._base) | ancestors

@@ -1,0 +1,91 @@
+"""Which tensors are candidates, and which modules have to be wrapped for them.
+
+>>> plan = plan_wrappers(GreenTrainerConfig(target_modules=["q_proj", "v_proj"]), model)
+>>> own, tied = plan["model.layers.0.self_attn.q_proj"]
+>>> list(own), tied
+(['weight'], {})
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .config import GreenTrainerConfig
+from .layer import GreenTrainerLayer
+
+
+# For each module: the candidate tensors that it owns, and for those that it reads from another module, which and where.
+WrapperPlan = dict[str, tuple[dict[str, Tensor], dict[str, tuple[str, str]]]]
+
+
+def plan_wrappers(config: GreenTrainerConfig, model: nn.Module) -> WrapperPlan:
+    """Which modules to wrap: for each, the candidate tensors that it owns and those that it reads from another owner.
+
+    A tensor that several modules share belongs to the first of them. It is a candidate if any of them is targeted and
+    none is excluded.
+    """
+    owners = _owners(model)
+    _check_patterns(config, owners)
+    excluded = copy.copy(config)
+    excluded.target_modules = ".*"
+    uses = defaultdict(list)
+    for key, module in owners.items():
+        for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+            if tensor.is_floating_point():
+                uses[id(tensor)].append((key, name, tensor))
+    plan: WrapperPlan = defaultdict(lambda: ({}, {}))
+    for shared in uses.values():
+        targeted = any(matches(config, key) for key, _, _ in shared)
+        if targeted and all(matches(excluded, key) for key, _, _ in shared):
+            (owner, owned, tensor), *readers = shared
+            plan[owner][0][owned] = tensor
+            for key, name, _ in readers:
+                plan[key][1][name] = (owner, owned)
+    return dict(plan)
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that own floating-point parameters and whose children own none, by name; wrappers unwrapped."""
+    owners, inside = {}, []
+    for key, module in model.named_modules():
+        if any(key.startswith(prefix) for prefix in inside[-1:]):
+            continue
+        if isinstance(module, (GreenTrainerLayer, AuxiliaryTrainingWrapper)):
+            inside.append(f"{key}.")
+        module = module.base_layer if isinstance(module, GreenTrainerLayer) else module
+        own = list(module.parameters(recurse=False))
+        nested = any(True for child in module.children() for _ in child.parameters())
+        if key and not nested and any(p.is_floating_point() for p in own):
+            owners[key] = module
+    return owners
+
+
+def matches(config: GreenTrainerConfig, key: str) -> Any:
+    """Whether the config targets a module and does not exclude it; what is false may be peft's marker of exclusion."""
+    if config.target_modules is None:
+        config = copy.copy(config)
+        config.target_modules = ".*"
+    return check_target_module_exists(config, key)
+
+
+def _check_patterns(config: GreenTrainerConfig, owners: Iterable[str]) -> None:
+    for field in ("target_modules", "exclude_modules"):
+        patterns = getattr(config, field) or []
+        for pattern in [patterns] if isinstance(patterns, str) else sorted(patterns):
+            if isinstance(patterns, str):
+                found = any(re.fullmatch(pattern, key) for key in owners)
+            else:
+                found = any(key == pattern or key.endswith(f".{pattern}") for key in owners)
+            if not found:
+                raise ValueError(
+                    f"{field}={pattern!r} matches no module that owns floating-point parameters. Modules of this model: "
+                    f"{', '.join(list(owners)[:4])}, ..."
+                )

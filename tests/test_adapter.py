@@ -1,0 +1,398 @@
+"""One matrix: every kind of model goes through every promise of a peft adapter."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from models import make_batch, make_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft.utils import PeftType
+from safetensors.torch import load_file
+from torch import nn
+
+import peft_greentrainer
+from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer, profile
+from peft_greentrainer.formulas import flop_counter
+from peft_greentrainer.model import candidates, set_selection, set_values
+
+
+KINDS = ["llama", "llama-tied", "gpt2", "opt", "bloom", "t5", "bert", "mixture", "mamba2", "convnet"]
+
+
+def outputs(model, kind):
+    model.eval()
+    batch = make_batch(kind)
+    with torch.no_grad():
+        output = model(**batch)
+    return output["logits"]
+
+
+def owners(model):
+    """The tensors that a wrapper of their own module can hold: modules with parameters whose children have none."""
+    seen = {}
+    for key, module in model.named_modules():
+        nested = any(True for child in module.children() for _ in child.parameters())
+        for name, parameter in module.named_parameters(recurse=False):
+            if key and not nested:
+                seen.setdefault(id(parameter), f"{key}.{name}")
+    return sorted(seen.values())
+
+
+def train_a_little(model, kind, tensors=None, steps=2):
+    """Train these tensors (default: every second candidate) for a few steps, with a selection made by hand."""
+    base = model.get_base_model()
+    if tensors is None:
+        tensors = sorted(candidates(base, model.peft_config["default"]))[::2]
+    set_values(base, "default", tensors)
+    set_selection(base, "default", tensors)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(steps):
+        output = model(**make_batch(kind, seed=step))
+        (output["loss"] if isinstance(output, dict) else output.loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return tensors
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def trained(kind):
+    """A base model, and a copy of it with an adapter whose tensors have moved."""
+    base = make_model(kind)
+    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(rho=0.6))
+    train_a_little(model, kind)
+    return base, model
+
+
+def test_every_module_that_owns_parameters_has_candidates(kind):
+    base = make_model(kind)
+    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig())
+    found = candidates(model.get_base_model(), model.peft_config["default"])
+    assert sorted(found) == owners(base)
+
+
+def test_an_untrained_adapter_changes_nothing(kind):
+    base = make_model(kind)
+    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig())
+    assert torch.equal(outputs(model, kind), outputs(base, kind))
+    trainable, total = model.get_nb_trainable_parameters()
+    assert 0 < trainable < total
+
+
+def test_save_load_and_merge_are_bit_identical(kind, trained, tmp_path):
+    base, model = trained
+    after = outputs(model, kind)
+    assert not torch.equal(after, outputs(base, kind))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)  # of peft's own use of transformers
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(outputs(loaded, kind), after)
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+    merged = loaded.merge_and_unload()
+    assert type(merged) is type(base)
+    assert torch.equal(outputs(merged, kind), after)
+    assert list(merged.state_dict()) == list(base.state_dict())
+    assert not any(isinstance(module, GreenTrainerLayer) for module in merged.modules())
+    tied = [
+        {n for n, p in m.named_parameters(remove_duplicate=False)} - dict(m.named_parameters()).keys()
+        for m in (merged, base)
+    ]
+    assert tied[0] == tied[1]
+
+
+def test_the_file_holds_the_changed_tensors_only(kind, trained, tmp_path):
+    base, model = trained
+    model.save_pretrained(tmp_path)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    changed = {
+        f"{key}.{name}"
+        for key, layer in model.get_base_model().named_modules()
+        if isinstance(layer, GreenTrainerLayer)
+        for name in layer.greentrainer_values["default"]
+        if not torch.equal(layer.effective_tensor(name), layer.base_tensor(name))
+    }
+    names = {k.removeprefix("base_model.model.").replace("greentrainer_values.", "") for k in file}
+    unmoved = names - changed  # a key's bias has no gradient in a softmax, say
+    assert changed <= names and len(unmoved) <= len(names) // 3
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "GREENTRAINER"
+    assert set(config["tensors"]) == set(config["selected"]) == names
+    base_tensors = dict(base.named_parameters(remove_duplicate=False))
+    assert all(config["tensors"][name]["shape"] == list(base_tensors[name].shape) for name in names)
+
+
+def test_disable_adapter_and_unload_give_the_base(kind, trained):
+    base, model = trained
+    before, after = outputs(base, kind), outputs(model, kind)
+    flags = [p.requires_grad for p in model.parameters()]
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, kind), before)
+        with model.disable_adapter():
+            assert torch.equal(outputs(model, kind), before)
+    assert torch.equal(outputs(model, kind), after)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(outputs(model.unload(), kind), before)
+
+
+def test_merge_and_unmerge_restore_the_base_bit_for_bit(kind, trained):
+    base, model = trained
+    after = outputs(model, kind)
+    for _ in range(2):
+        model.merge_adapter()
+        assert torch.equal(outputs(model, kind), after)
+        model.unmerge_adapter()
+        assert torch.equal(outputs(model, kind), after)
+    originals = dict(base.named_parameters())
+    for name, parameter in model.get_base_model().named_parameters():
+        if "greentrainer_values" not in name:
+            assert torch.equal(parameter, originals[name.replace(".base_layer", "")]), name
+
+
+def test_forward_costs_no_flops_and_copies_no_weight(kind, trained):
+    base, model = trained
+    batch = make_batch(kind)
+    with flop_counter() as of_base:
+        base.eval()(**batch)
+    with flop_counter() as of_wrapped:
+        model.eval()(**batch)
+    assert of_wrapped.get_total_flops() == of_base.get_total_flops()
+    for layer in model.get_base_model().modules():
+        if isinstance(layer, GreenTrainerLayer):
+            for name, value in layer.greentrainer_values["default"].items():
+                assert layer.effective_tensor(name) is value
+                assert getattr(layer, name) is value
+
+
+def test_a_step_costs_what_was_planned(kind, trained):
+    base, model = trained
+    batch = make_batch(kind)
+    graph = profile(base.train(), batch)
+    selected = [name for name in model.peft_config["default"].selected if name in graph.tensors]
+    with flop_counter() as counter:
+        output = model.train()(**batch)
+        (output["loss"] if isinstance(output, dict) else output.loss).backward()
+    assert counter.get_total_flops() == graph.flops(selected)
+
+
+def test_wrapper_attributes_are_those_of_the_module(kind, trained):
+    base, model = trained
+    for key, layer in model.get_base_model().named_modules():
+        if isinstance(layer, GreenTrainerLayer):
+            module = base.get_submodule(key)
+            assert isinstance(layer, nn.LayerNorm) == isinstance(module, nn.LayerNorm)
+            for name, value in vars(module).items():
+                if isinstance(value, (int, float, str, tuple)) and not name.startswith("_"):
+                    assert getattr(layer, name) == value
+            assert hasattr(layer, "weight") == hasattr(module, "weight")
+            assert hasattr(layer, "in_features") and hasattr(layer, "out_features")
+
+
+def test_importing_registers_and_reloading_is_harmless():
+    import importlib
+
+    importlib.reload(peft_greentrainer)
+    assert PeftType("GREENTRAINER") is PeftType.GREENTRAINER and "GREENTRAINER" in list(PeftType)
+    importlib.reload(peft_greentrainer.registration).add_peft_type()
+    config = GreenTrainerConfig(rho=0.4)
+    assert config.peft_type is PeftType.GREENTRAINER
+    assert isinstance(get_peft_model(make_model("llama"), config), PeftModel)
+
+
+def test_auto_classes_load_a_delta(tmp_path):
+    base = make_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, GreenTrainerConfig(rho=0.5, task_type="CAUSAL_LM"))
+    train_a_little(model, "llama")
+    model.save_pretrained(tmp_path / "delta")
+    config = PeftConfig.from_pretrained(tmp_path / "delta")
+    assert isinstance(config, GreenTrainerConfig) and config.rho == 0.5
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "delta")
+    assert torch.equal(outputs(loaded, "llama"), outputs(model, "llama"))
+    go_on = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "delta", is_trainable=True)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert names and [n for n, p in go_on.named_parameters() if p.requires_grad] == names
+
+
+def test_a_tied_tensor_is_one_value_and_one_entry(tmp_path):
+    model = get_peft_model(make_model("llama-tied"), GreenTrainerConfig())
+    train_a_little(model, "llama-tied", ["model.embed_tokens.weight"])
+    base = model.get_base_model()
+    value = base.model.embed_tokens.greentrainer_values["default"]["weight"]
+    assert base.lm_head.weight is value and base.model.embed_tokens.weight is value
+    model.save_pretrained(tmp_path)
+    key = "base_model.model.model.embed_tokens.greentrainer_values.weight"
+    assert list(load_file(tmp_path / "adapter_model.safetensors")) == [key]
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert torch.equal(merged.lm_head.weight, value)
+
+
+@pytest.mark.parametrize("float32", [True, False])
+def test_values_are_float32_on_a_half_precision_base(float32, tmp_path):
+    base = make_model("llama").bfloat16()
+    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(), autocast_adapter_dtype=float32)
+    tensors = train_a_little(model, "llama")
+    values = [p for n, p in model.named_parameters() if "greentrainer_values" in n]
+    assert len(values) == len(tensors)
+    assert {v.dtype for v in values} == {torch.float32 if float32 else torch.bfloat16}
+    after = outputs(model, "llama")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=float32)
+    assert torch.equal(outputs(loaded, "llama"), after)
+    assert torch.equal(outputs(loaded.merge_and_unload(), "llama"), after)
+
+
+def test_every_selected_tensor_moves_on_a_bfloat16_base_at_a_small_rate():
+    model = get_peft_model(make_model("llama").bfloat16(), GreenTrainerConfig())
+    base = model.get_base_model()
+    tensors = sorted(candidates(base, model.peft_config["default"]))
+    set_values(base, "default", tensors)
+    set_selection(base, "default", tensors)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    for step in range(3):
+        model(**make_batch("llama", seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(before) == len(tensors)
+    assert all((p != before[n]).any() for n, p in model.named_parameters() if n in before)
+
+
+def test_code_that_reads_a_childs_weight_trains_it():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            x = nn.functional.linear(x, self.inner.weight, self.inner.bias)
+            return self.attention(x, x, x)[0]
+
+    model = get_peft_model(Reader(), GreenTrainerConfig())
+    base = model.get_base_model()
+    tensors = sorted(candidates(base, model.peft_config["default"]))
+    assert tensors == ["attention.out_proj.bias", "attention.out_proj.weight", "inner.bias", "inner.weight"]
+    set_values(base, "default", tensors)
+    set_selection(base, "default", tensors)
+    model(torch.randn(2, 3, 4)).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_module_with_two_parents_is_wrapped_in_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(4, 4))
+            self.second = nn.ModuleDict({"same": self.first[0]})
+
+        def forward(self, x):
+            return self.second["same"](self.first(x))
+
+    model = get_peft_model(Twice(), GreenTrainerConfig()).get_base_model()
+    assert isinstance(model.first[0], GreenTrainerLayer) and model.second["same"] is model.first[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, {"q_proj", "v_proj"}),
+        (
+            {"target_modules": r".*layers\.1\..*_proj"},
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
+        (
+            {"target_modules": "all-linear"},
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
+        ({"target_modules": ["q_proj", "norm"], "exclude_modules": ["layers.0.self_attn.q_proj"]}, {"q_proj", "norm"}),
+    ],
+)
+def test_targets(options, expected):
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(**options))
+    found = candidates(model.get_base_model(), model.peft_config["default"])
+    assert {name.split(".")[-2] for name in found} == expected
+    assert "model.layers.0.self_attn.q_proj.weight" not in found or "exclude_modules" not in options
+
+
+def test_excluding_one_use_of_a_tied_tensor_excludes_it():
+    model = get_peft_model(make_model("llama-tied"), GreenTrainerConfig(exclude_modules=["lm_head"]))
+    assert "model.embed_tokens.weight" not in candidates(model.get_base_model(), model.peft_config["default"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["q_proj", "nothing"]}, {"target_modules": r"nothing\..*"}, {"exclude_modules": ["nothing"]}],
+)
+def test_a_pattern_that_matches_nothing_is_refused_by_name(options):
+    base = make_model("llama")
+    with pytest.raises(ValueError, match="nothing.*matches no module"):
+        get_peft_model(base, GreenTrainerConfig(**options))
+    assert not any(isinstance(module, GreenTrainerLayer) for module in base.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rho": 0.0}, "rho must be in"),
+        ({"rho": 1.5}, "rho must be in"),
+        ({"reselect": 0}, "reselect"),
+        ({"reselect": "often"}, "reselect"),
+        ({"importance_batches": 0}, "importance_batches"),
+        ({"probe_batch_size": 0}, "probe_batch_size"),
+        ({"format_version": 99}, "install -U"),
+    ],
+)
+def test_bad_config(options, match):
+    with pytest.raises(ValueError, match=match):
+        GreenTrainerConfig(**options)
+
+
+def test_a_delta_on_another_base_is_refused_by_name(tmp_path):
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig())
+    train_a_little(model, "llama", ["lm_head.weight"])
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    from models import llama
+
+    for other in (llama(), llama(vocab_size=100)):
+        with pytest.raises(ValueError, match="lm_head.weight.*trained on"):
+            PeftModel.from_pretrained(other, tmp_path)
+    with pytest.raises(ValueError, match="not a candidate tensor of this model.*trained on"):
+        PeftModel.from_pretrained(make_model("bert"), tmp_path)
+    with pytest.warns(UserWarning, match="float32 base.*bfloat16"):
+        PeftModel.from_pretrained(make_model("llama").bfloat16(), tmp_path)
+
+
+def test_safe_merge_refuses_values_that_are_not_finite():
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig())
+    train_a_little(model, "llama", ["lm_head.weight"])
+    base = model.get_base_model()
+    before = base.lm_head.base_layer.weight.clone()
+    base.lm_head.greentrainer_values["default"]["weight"].data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_and_unload(safe_merge=True)
+    assert torch.equal(base.lm_head.base_layer.weight, before)
+
+
+def test_modules_to_save_are_trained_and_saved(tmp_path):
+    base = make_model("convnet")
+    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(modules_to_save=["head"]))
+    assert not any(
+        name.startswith("head.") for name in candidates(model.get_base_model(), model.peft_config["default"])
+    )
+    train_a_little(model, "convnet")
+    after = outputs(model, "convnet")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), "convnet"), after)

@@ -1,0 +1,200 @@
+"""The cost graph agrees exactly with what FlopCounterMode counts, on every family and any subset."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from models import make_batch, make_model
+from torch import nn
+
+from peft_greentrainer import profile
+from peft_greentrainer.formulas import flop_counter, missing_formulas
+
+
+FAMILIES = [
+    "llama",
+    "llama-tied",
+    "llama-eager",
+    "gpt2",
+    "opt",
+    "bloom",
+    "t5",
+    "bert",
+    "mixture",
+    "mixture-fallback",
+    "mamba2",
+    "convnet",
+]
+
+
+def counted(model, batch, trained):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+        parameter.grad = None
+    with flop_counter() as counter:
+        output = model(**batch)
+        (output["loss"] if isinstance(output, dict) else output.loss).backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_flops_of_random_subsets_are_exact(kind):
+    model, batch = make_model(kind), make_batch(kind)
+    graph = profile(model, batch)
+    choose = random.Random(0)
+    for case in range(20):
+        at_most = len(graph.tensors) if case % 2 else min(6, len(graph.tensors))
+        subset = choose.sample(graph.tensors, choose.randint(1, at_most))
+        assert graph.flops(subset) == counted(model, batch, subset), subset
+    assert graph.full_flops == counted(model, batch, dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "mixture", "convnet"])
+def test_bfloat16_and_autocast_are_exact_too(kind):
+    model, batch = make_model(kind), make_batch(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        graph = profile(model, batch)
+        subset = graph.tensors[3::4]
+        assert graph.flops(subset) == counted(model, batch, subset)
+    model = model.bfloat16()
+    batch = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
+    graph = profile(model, batch)
+    assert graph.flops(subset) == counted(model, batch, subset)
+
+
+def test_recomputation_of_checkpointed_segments_is_charged():
+    model, batch = make_model("llama"), make_batch("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # transformers makes the embedding's output require grad, which costs a step
+    graph = profile(model, batch)
+    for subset in (graph.tensors[-3:], graph.tensors[10:12], graph.tensors):
+        assert graph.flops(subset) == counted(model, batch, subset)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixture"])
+def test_attention_and_experts_are_not_free(kind):
+    model, batch = make_model(kind), make_batch(kind)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as plain:
+        model(**batch)
+    assert profile(model, batch).forward_flops > plain.get_total_flops()
+
+
+def test_tensors_are_in_execution_order():
+    graph = profile(make_model("llama-tied"), make_batch("llama"))
+    names = [n.replace("model.layers.", "") for n in graph.tensors]
+    assert names[0] == "model.embed_tokens.weight" and names[-1] == "model.norm.weight"
+    layers = [int(n[0]) for n in names[1:-1]]
+    assert layers == sorted(layers)
+    assert names.index("1.input_layernorm.weight") < names.index("1.self_attn.q_proj.weight")
+    assert names.index("1.self_attn.o_proj.weight") < names.index("1.post_attention_layernorm.weight")
+
+
+def test_floor_is_the_cheapest_single_tensor():
+    graph = profile(make_model("gpt2"), make_batch("gpt2"))
+    assert graph.floor == min(graph.ratio([name]) for name in graph.tensors)
+    assert graph.flops([]) == graph.forward_flops
+    assert graph.ratio(graph.tensors) == 1
+
+
+def test_profile_leaves_the_model_as_it_was():
+    model, batch = make_model("convnet"), make_batch("convnet")
+    model.norm = nn.BatchNorm2d(8)
+    model.mix.weight.requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    profile(model, batch)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"mix.weight"}
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["head.weight"]
+    assert torch.equal(model.head.weight.grad, torch.ones_like(model.head.weight))
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_candidates_do_not_change_what_full_fine_tuning_costs():
+    model, batch = make_model("llama"), make_batch("llama")
+    graph = profile(model, batch)
+    last = [name for name in graph.tensors if ".layers.2." in name]
+    fewer = profile(model, batch, candidates=last)
+    assert set(fewer.tensors) == set(last)
+    assert fewer.full_flops == graph.full_flops
+    assert fewer.flops(last[:3]) == graph.flops(last[:3])
+
+
+def test_meta_device_gives_the_same_graph():
+    model, batch = make_model("llama-eager"), make_batch("llama-eager")
+    del batch["attention_mask"]  # transformers looks at its values
+    graph = profile(model, batch)
+    on_meta = profile(model.to("meta"), {name: value.to("meta") for name, value in batch.items()})
+    assert on_meta.tensors == graph.tensors
+    assert on_meta.full_flops == graph.full_flops
+    assert on_meta.flops(graph.tensors[5:9]) == graph.flops(graph.tensors[5:9])
+
+
+def test_loss_fn_and_positional_batches():
+    model, batch = make_model("convnet"), make_batch("convnet")
+    graph = profile(model, batch)
+
+    def loss_fn(output, batch):
+        return nn.functional.cross_entropy(output, torch.zeros(4, dtype=torch.long))
+
+    for inputs in (batch["images"], (batch["images"],), {"images": batch["images"]}):
+        other = profile(model, inputs, loss_fn=loss_fn)
+        assert (other.tensors, other.full_flops) == (graph.tensors, graph.full_flops)
+
+
+def test_a_matmul_without_a_formula_is_named():
+    @torch.library.custom_op("greentrainer_test::product", mutates_args=())
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b
+
+    product.register_autograd(
+        lambda ctx, grad: (grad @ ctx.saved_tensors[1].T, ctx.saved_tensors[0].T @ grad),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return product(self.inner(x), self.weight)
+
+    with pytest.warns(UserWarning, match="greentrainer_test::product looks like a matrix product"):
+        profile(Net(), torch.randn(3, 4), loss_fn=lambda output, batch: output.sum())
+
+
+def test_formulas_count_two_flops_per_multiply_add():
+    x, w = torch.randn(6, 8), torch.randn(3, 8, 16)
+    with flop_counter() as counter:
+        torch.nn.functional.grouped_mm(x.bfloat16(), w.bfloat16(), offs=torch.tensor([1, 3, 6], dtype=torch.int32))
+    assert counter.get_total_flops() == 2 * 6 * 8 * 16
+    with flop_counter() as counter:
+        torch.zeros(6, 16).addmm_(x, w[0])
+        torch.mv(x, w[0, :, 0])
+    assert counter.get_total_flops() == 2 * 6 * 8 * 16 + 2 * 6 * 8
+    assert torch.ops.aten._scaled_dot_product_flash_attention_for_cpu in missing_formulas()
+
+
+@pytest.mark.parametrize("names", [["no.such.weight"], ["lm_head.weight", "model.rotary_emb.inv_freq"]])
+def test_unknown_tensors_are_refused_by_name(names):
+    graph = profile(make_model("llama"), make_batch("llama"))
+    with pytest.raises(ValueError, match=names[-1]):
+        graph.flops(names)
+
+
+def test_a_batch_without_a_loss_is_refused():
+    batch = make_batch("llama")
+    del batch["labels"]
+    with pytest.raises(ValueError, match="gives no loss.*labels.*loss_fn"):
+        profile(make_model("llama"), batch)
+
+
+def test_costs_of_a_graph_add_up():
+    graph = profile(make_model("llama"), make_batch("llama"))
+    assert graph.costs.dtype == np.int64 and graph.needs.shape == (len(graph.tensors), len(graph.costs))
+    assert graph.forward_flops + graph.costs.sum() == graph.full_flops
