@@ -1,0 +1,177 @@
+"""What a training step costs in seconds and memory: full fine-tuning, a budgeted step, a probe, and the wrapper itself.
+
+    python examples/benchmark_step.py                      # a 135M Llama of random weights, 4 x 160 tokens, float32
+    python examples/benchmark_step.py --dtype bfloat16 --device cuda --batch-size 16 --seq-len 512
+
+All kinds of step run in turn, in one process, and medians are compared: timings of separate runs are not comparable on a
+busy machine. Peaks of memory are those of the allocator over one forward and backward pass, weights not counted.
+"""
+
+import argparse
+import copy
+import json
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_greentrainer import GreenTrainerConfig, profile
+
+
+def make_model(args: argparse.Namespace) -> nn.Module:
+    # The shape of SmolLM2-135M; seconds do not depend on the weights.
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=args.layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+class Loop:
+    """One model with its optimizer; `step()` is one step of a plain training loop."""
+
+    def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+        self.model, self.batch = model, batch
+        self.optimizer = torch.optim.AdamW(trainable(model), lr=1e-5)
+        self.steps = 0
+
+    def backward(self) -> None:
+        self.model(**self.batch).loss.backward()
+
+    def step(self) -> None:
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def budgeted_step(self) -> None:
+        self.backward()
+        self.optimizer.step()
+        self.model.base_model.update_and_allocate(self.steps, self.optimizer)
+        self.optimizer.zero_grad()
+        self.steps += 1
+
+
+def seconds(step: Callable[[], None], device: str) -> float:
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(run: Callable[[], None], device: str) -> int:
+    """The most memory that was allocated during `run` beyond what was before."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
+
+
+def time_steps(args: argparse.Namespace, base: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    full = Loop(copy.deepcopy(base), batch)
+    # With reselect=2 every second step is a probe.
+    wrapped = Loop(get_peft_model(copy.deepcopy(base), GreenTrainerConfig(rho=args.rho, reselect=2)), batch)
+    wrapped.budgeted_step()
+    wrapped.budgeted_step()
+    selected = set(wrapped.model.base_model.selection.tensors)
+
+    same = copy.deepcopy(base)
+    for name, parameter in same.named_parameters():
+        parameter.requires_grad_(name in selected)
+    bare = Loop(same, batch)
+    frozen = Loop(get_peft_model(copy.deepcopy(base), GreenTrainerConfig(rho=args.rho, reselect="once")), batch)
+    frozen.budgeted_step()
+    frozen.budgeted_step()
+
+    taken = defaultdict(list)
+    for _ in range(args.rounds + 1):
+        taken["full"].append(seconds(full.step, args.device))
+        taken["bare"].append(seconds(bare.step, args.device))
+        taken["wrapped"].append(seconds(frozen.step, args.device))
+        wrapped.budgeted_step()
+        taken["probe"].append(seconds(wrapped.budgeted_step, args.device))
+        taken["profile"].append(seconds(lambda: profile(full.model, batch), args.device))
+    assert selected == set(frozen.model.base_model.selection.tensors)
+    return {kind: median(times[1:]) for kind, times in taken.items()}
+
+
+def measure_memory(args: argparse.Namespace, base: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+    peaks = {}
+    full = copy.deepcopy(base)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in full.parameters()]
+    peaks["full, no gradients kept"] = peak_bytes(Loop(full, batch).backward, args.device)
+    for hook in hooks:
+        hook.remove()
+    peaks["full"] = peak_bytes(Loop(full, batch).backward, args.device)
+    del full
+    for rows in (None, 1):
+        config = GreenTrainerConfig(rho=args.rho, probe_batch_size=rows)
+        loop = Loop(get_peft_model(copy.deepcopy(base), config), batch)
+        loop.budgeted_step()
+        peaks["probe" if rows is None else "probe of 1 row"] = peak_bytes(loop.backward, args.device)
+        loop.optimizer.step()
+        loop.model.base_model.update_and_allocate(1, loop.optimizer)
+        loop.optimizer.zero_grad()
+    peaks["budgeted"] = peak_bytes(loop.backward, args.device)
+    return peaks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rho", type=float, default=0.5)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=160)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+    base = make_model(args)
+    ids = torch.randint(0, 49152, (args.batch_size, args.seq_len), device=args.device)
+    batch = {"input_ids": ids, "labels": ids}
+    time_of = time_steps(args, base, batch)
+    peaks = measure_memory(args, base, batch)
+
+    print(f"{'seconds':32} median of {args.rounds}")
+    for kind, taken in time_of.items():
+        print(f"  {kind:30} {taken:8.3f}   {taken / time_of['full']:5.2f} of full")
+    print(f"  {'wrapped / bare':30} {time_of['wrapped'] / time_of['bare']:8.3f}")
+    print("peak memory of forward and backward")
+    for kind, peak in peaks.items():
+        print(f"  {kind:30} {peak / 2**20:8.1f} MiB")
+    print(f"  {'probe / full, none kept':30} {peaks['probe'] / peaks['full, no gradients kept']:8.3f}")
+    print(f"  {'probe of 1 row / budgeted':30} {peaks['probe of 1 row'] / peaks['budgeted']:8.3f}")
+    print(json.dumps({"arguments": vars(args), "torch": torch.__version__, "seconds": time_of, "bytes": peaks}))
+
+
+if __name__ == "__main__":
+    main()
