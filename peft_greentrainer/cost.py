@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -43,6 +43,8 @@ class CostGraph:
         full_flops: FLOPs of full fine-tuning, forward included: every parameter that gets a gradient, candidate or not.
         costs: (C,) int64, FLOPs of each class of backward operations (those needed by the same tensors).
         needs: (N, C) bool, which classes the gradient of each tensor needs.
+        condition: (C,) int64, for operations that run in some steps only: the class on which that depends, else -1.
+        runs_if: (C,) bool, whether they run if a trained tensor needs that class (True) or if none does (False).
     """
 
     tensors: tuple[str, ...]
@@ -50,14 +52,15 @@ class CostGraph:
     full_flops: int
     costs: np.ndarray = field(repr=False)
     needs: np.ndarray = field(repr=False)
+    condition: np.ndarray | None = field(default=None, repr=False)
+    runs_if: np.ndarray | None = field(default=None, repr=False)
 
     def flops(self, tensors: Iterable[str]) -> int:
         """FLOPs of one training step in which just these tensors are trained, forward included.
 
         Raises `ValueError` for a name that is not a candidate.
         """
-        rows = self.needs[self.rows(tensors)]
-        return self.forward_flops + int(self.costs @ rows.any(axis=0))
+        return self.forward_flops + int(self._charged(self.needs[self.rows(tensors)].any(axis=0)) @ self.costs)
 
     def ratio(self, tensors: Iterable[str]) -> float:
         """`flops(tensors) / full_flops`: the share of full fine-tuning that a step with these tensors costs."""
@@ -66,7 +69,24 @@ class CostGraph:
     @cached_property
     def floor(self) -> float:
         """The smallest ratio that any non-empty selection reaches."""
-        return float(self.forward_flops + (self.needs @ self.costs).min()) / self.full_flops
+        return float(self.forward_flops + (self._charged(self.needs) @ self.costs).min()) / self.full_flops
+
+    @cached_property
+    def bounded_needs(self) -> np.ndarray:
+        """(N, C) bool: needs that bound the cost of every set, whatever operations depend on.
+
+        An attention whose bias is not trained runs its fused backward, which costs no less than the matrix products
+        that run instead if it is: so everybody pays for the kernel, and those products are the affair of the bias.
+        """
+        if self.condition is None:
+            return self.needs
+        conditional = (self.condition >= 0) & self.runs_if
+        return self.needs & (~conditional | self.needs[:, self.condition])
+
+    def _charged(self, needed: np.ndarray) -> np.ndarray:
+        if self.condition is None:
+            return needed
+        return needed & ((self.condition < 0) | (needed[..., self.condition] == self.runs_if))
 
     def rows(self, tensors: Iterable[str]) -> list[int]:
         """The rows of `needs` that belong to these tensors."""
@@ -94,19 +114,28 @@ class CostGraph:
         bits = [np.frombuffer(recorder.needed_by[name].to_bytes(width, "little"), dtype=np.uint8) for name in names]
         needs = np.unpackbits(np.stack(bits), axis=1, count=n_operations, bitorder="little").astype(bool)
 
-        # Operations that the same tensors need are one class.
-        patterns, class_of = np.unique(np.packbits(needs, axis=0), axis=1, return_inverse=True)
-        costs = np.zeros(patterns.shape[1], dtype=np.int64)
+        # Operations that the same tensors need under the same condition are one class.
+        _, same_needs = np.unique(np.packbits(needs, axis=0), axis=1, return_inverse=True)
+        condition, runs_if = np.full(n_operations, -1), np.ones(n_operations, dtype=bool)
+        for operation, (on, wanted) in recorder.conditions.items():
+            condition[operation], runs_if[operation] = same_needs.reshape(-1)[on], wanted
+        kinds, first, class_of = np.unique(
+            np.stack([same_needs.reshape(-1), condition, runs_if]), axis=1, return_index=True, return_inverse=True
+        )
+        costs = np.zeros(len(first), dtype=np.int64)
         np.add.at(costs, class_of.reshape(-1), np.array(recorder.costs, dtype=np.int64))
-        needs = np.unpackbits(patterns, axis=0, count=len(names)).astype(bool)
-
-        rows = [i for i, name in enumerate(names) if name in candidates]
-        return cls(
-            tensors=tuple(names[i] for i in rows),
+        graph = cls(
+            tensors=tuple(names),
             forward_flops=recorder.forward_flops,
-            full_flops=recorder.forward_flops + int(costs @ needs.any(axis=0)),
+            full_flops=0,
             costs=costs,
-            needs=needs[rows],
+            needs=needs[:, first],
+            condition=np.where(kinds[1] < 0, -1, np.searchsorted(kinds[0], kinds[1])) if recorder.conditions else None,
+            runs_if=runs_if[first] if recorder.conditions else None,
+        )
+        rows = [i for i, name in enumerate(names) if name in candidates]
+        return replace(
+            graph, tensors=tuple(names[i] for i in rows), needs=graph.needs[rows], full_flops=graph.flops(names)
         )
 
     @cached_property
@@ -162,12 +191,15 @@ def record(
 
     Gradients are freed as they arrive, after `on_gradient(name, grad)`.
     """
-    with _left_as_it_was(model), recorder, ExitStack() as hooks:
+    with _left_as_it_was(model), ExitStack() as hooks:
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
             hooks.callback(parameter.register_hook(partial(on_gradient, name)).remove)
             hooks.callback(parameter.register_post_accumulate_grad_hook(free_gradient).remove)
-        loss().backward()
+        with recorder.forward():
+            scalar = loss()
+        with recorder:
+            scalar.backward()
 
 
 def loss_of(output: Any) -> Tensor:

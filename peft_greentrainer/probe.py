@@ -56,8 +56,9 @@ class Probe:
         self._sums: dict[str, Tensor] = {}
         self._armed = ExitStack()
         self._opened = ExitStack()
+        self._recording = ExitStack()
         self._is_open = False
-        self._in_forward = False
+        self._in_own_pass = False
 
     @property
     def complete(self) -> bool:
@@ -94,13 +95,10 @@ class Probe:
             self._opened.close()
         else:
             self._open()
-            self._recorder.__enter__()
-            self._in_forward = True
+            self._recording.enter_context(self._recorder.forward())
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._in_forward:
-            self._in_forward = False
-            self._recorder.__exit__(None, None, None)
+        self._recording.close()
 
     def _open(self) -> None:
         if self._is_open:
@@ -131,14 +129,14 @@ class Probe:
         self._sums[name] = self._sums.get(name, 0.0) + self.measure(name, grad)
 
     def _pass_of_its_own(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.complete or self._in_forward or not torch.is_grad_enabled():
+        if self.complete or self._in_own_pass or not torch.is_grad_enabled():
             return
-        self._in_forward = True
+        self._in_own_pass = True
         try:
             args, kwargs = first_rows(args, kwargs, self.batch_size)
             record(self._recorder, module, lambda: loss_of(module(*args, **kwargs)), self.parameters, self._arrived)
         finally:
-            self._in_forward = False
+            self._in_own_pass = False
         self.passes += 1
 
 

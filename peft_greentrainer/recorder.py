@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from .attention import NoticeTrainedBias
 from .formulas import looks_like_matmul, missing_formulas
 
 
@@ -35,13 +37,20 @@ class CostRecorder(TorchDispatchMode):
         self.forward_flops = 0
         self.costs = [0]  # bit 0 of a set of ancestors stands for no operation
         self.needed_by: dict[str, int] = {}
+        self.conditions: dict[int, tuple[int, bool]] = {}
         self._recomputed_segment = 0
         self._formulas = {**flop_registry, **{op: shape_wrapper(f) for op, f in missing_formulas().items()}}
         self._formula_of: dict[Any, Callable[..., int] | None] = {}
 
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """For the forward pass: also notices attention whose kernel depends on what is trained."""
+        with self, NoticeTrainedBias(self):
+            yield
+
     def mark(self, name: str, grad: Tensor) -> None:
         """Note that `grad` is the gradient of the tensor `name`. Call it as gradients arrive."""
-        self.needed_by[name] = self.needed_by.pop(name, 0) | _ancestors(grad)
+        self.needed_by[name] = self.needed_by.pop(name, 0) | self.ancestors(grad)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -49,7 +58,7 @@ class CostRecorder(TorchDispatchMode):
             self._formula_of[func] = self._find_formula(func, args)
         formula = self._formula_of[func]
         if formula is _decompose:
-            with self:
+            with torch._C.DisableTorchFunction(), self:  # or a function mode takes the parts for the whole again
                 return func.decompose(*args, **kwargs)
 
         out = func(*args, **kwargs)
@@ -60,16 +69,16 @@ class CostRecorder(TorchDispatchMode):
 
         inherited = 0
         for tensor in _tensors(args):
-            inherited |= _ancestors(tensor)
+            inherited |= self.ancestors(tensor)
         if kwargs:
             for tensor in _tensors(kwargs.values()):
-                inherited |= _ancestors(tensor)
+                inherited |= self.ancestors(tensor)
 
         if torch.is_grad_enabled():
             # Gradient checkpointing runs a segment of the forward pass again, as a whole, for the first gradient that
             # needs any of it: one bit for the segment.
             if not self._recomputed_segment:
-                self._recomputed_segment = self._new_operation(0)
+                self._recomputed_segment = self.new_operation(0)
             inherited |= self._recomputed_segment
             if formula is not None:
                 self.costs[self._recomputed_segment.bit_length() - 1] += formula(*args, **kwargs, out_val=out)
@@ -79,17 +88,39 @@ class CostRecorder(TorchDispatchMode):
                 self._split_convolution_backward(formula, inherited, args, kwargs, out)
                 return out
             if formula is not None:
-                inherited |= self._new_operation(formula(*args, **kwargs, out_val=out))
+                inherited |= self.new_operation(formula(*args, **kwargs, out_val=out))
 
         if inherited:
             written = args if func._schema.is_mutable else ()
             for tensor in _tensors((out, *written)):
-                _inherit(tensor, inherited)
+                self.inherit(tensor, inherited)
         return out
 
-    def _new_operation(self, flops: int) -> int:
+    def new_operation(self, flops: int) -> int:
         self.costs.append(flops)
         return 1 << (len(self.costs) - 1)
+
+    def ancestors(self, tensor: Tensor) -> int:
+        """The costed operations that this tensor comes from."""
+        ancestors = getattr(tensor, "_costed_ancestors", 0)
+        base = tensor._base
+        return ancestors if base is None else ancestors | getattr(base, "_costed_ancestors", 0)
+
+    def inherit(self, tensor: Tensor, ancestors: int) -> None:
+        """Add operations to those that this tensor, and the one that it is a view of, come from."""
+        tensor._costed_ancestors = self.ancestors(tensor) | ancestors
+        if tensor._base is not None:
+            tensor._base._costed_ancestors = self.ancestors(tensor._base) | ancestors
+
+    def run_only_if(self, operations: int, condition: int) -> None:
+        """These operations run only in steps in which some trained tensor needs the operation `condition`."""
+        for operation in _bits(operations & ~condition):
+            self.conditions[operation] = (condition.bit_length() - 1, True)
+
+    def run_only_unless(self, operations: int, condition: int) -> None:
+        """These operations run only in steps in which no trained tensor needs the operation `condition`."""
+        for operation in _bits(operations):
+            self.conditions[operation] = (condition.bit_length() - 1, False)
 
     def _split_convolution_backward(self, formula, inherited: int, args, kwargs, out) -> None:
         # One operation makes the gradients of input and weight, but runs only for those that are asked for.
@@ -100,7 +131,7 @@ class CostRecorder(TorchDispatchMode):
                 flops = formula(
                     *args[:-1], only_this, **kwargs, out_val=[g if m else None for g, m in zip(out, only_this)]
                 )
-                _inherit(grad, inherited | (self._new_operation(flops) if flops else 0))
+                self.inherit(grad, inherited | (self.new_operation(flops) if flops else 0))
 
     def _find_formula(self, func, args):
         packet = getattr(func, "_overloadpacket", func)
@@ -130,13 +161,5 @@ def _tensors(values) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _ancestors(tensor: Tensor) -> int:
-    ancestors = getattr(tensor, "_costed_ancestors", 0)
-    base = tensor._base
-    return ancestors if base is None else ancestors | getattr(base, "_costed_ancestors", 0)
-
-
-def _inherit(tensor: Tensor, ancestors: int) -> None:
-    tensor._costed_ancestors = _ancestors(tensor) | ancestors
-    if tensor._base is not None:
-        tensor._base._costed_ancestors = _ancestors(tensor._base) | ancestors
+def _bits(operations: int) -> Iterator[int]:
+    return (i for i, bit in enumerate(reversed(f"{operations:b}")) if bit == "1")

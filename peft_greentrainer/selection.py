@@ -95,7 +95,7 @@ def select(graph: CostGraph, importance: Mapping[str, float], rho: float, always
 
 def _check_reachable(graph: CostGraph, rho: float, budget: int, fixed: np.ndarray) -> int:
     """The row of the cheapest tensor, if the budget reaches the floor."""
-    cheapest = int(np.argmin(graph.needs @ graph.costs))
+    cheapest = int(np.argmin(graph.bounded_needs @ graph.costs))
     if fixed.any():
         floor = graph.ratio(graph.tensors[i] for i in np.flatnonzero(fixed))
         what = f"the tensors that are always trained ({graph.tensors[np.flatnonzero(fixed)[0]]}, ...) already reach"
@@ -112,10 +112,10 @@ def _check_reachable(graph: CostGraph, rho: float, budget: int, fixed: np.ndarra
 
 def _choose(graph: CostGraph, value: np.ndarray, budget: int, fixed: np.ndarray) -> np.ndarray:
     """The tensors to train, `fixed` among them, as a (N,) bool array."""
-    paid = graph.needs[fixed].any(axis=0)
+    paid = graph.bounded_needs[fixed].any(axis=0)
     budget -= int(graph.costs @ paid)
     items = np.flatnonzero((value > 0) & ~fixed)
-    needs, value = graph.needs[items][:, ~paid], value[items]
+    needs, value = graph.bounded_needs[items][:, ~paid], value[items]
     costs = graph.costs[~paid]
     shared = needs & (needs.sum(axis=0) > 1)
     problem = _Closures(needs, shared, costs, (needs & ~shared) @ costs, value, budget)

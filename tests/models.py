@@ -87,6 +87,18 @@ MODELS = {
             decoder_start_token_id=0,
         )
     ),
+    "t5-fused": lambda: tr.T5ForConditionalGeneration(
+        tr.T5Config(
+            d_model=32,
+            d_ff=64,
+            d_kv=8,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=96,
+            decoder_start_token_id=0,
+            dropout_rate=0.0,  # with dropout there is no fused attention on the CPU
+        )
+    ),
     "bert": lambda: tr.BertForMaskedLM(
         tr.BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     ),

@@ -20,6 +20,7 @@ FAMILIES = [
     "opt",
     "bloom",
     "t5",
+    "t5-fused",
     "bert",
     "mixture",
     "mixture-fallback",
@@ -192,6 +193,19 @@ def test_a_batch_without_a_loss_is_refused():
     del batch["labels"]
     with pytest.raises(ValueError, match="gives no loss.*labels.*loss_fn"):
         profile(make_model("llama"), batch)
+
+
+def test_what_depends_on_a_trained_bias_is_bounded():
+    graph = profile(make_model("t5-fused"), make_batch("t5"))
+    choose = random.Random(1)
+    dearer = 0
+    for _ in range(200):
+        subset = choose.sample(graph.tensors, choose.randint(1, len(graph.tensors)))
+        bound = graph.forward_flops + graph.costs @ graph.bounded_needs[graph.rows(subset)].any(axis=0)
+        biased = any("relative_attention_bias" in name for name in subset)
+        assert bound >= graph.flops(subset) if biased else bound == graph.flops(subset)
+        dearer += bound > graph.flops(subset)
+    assert 0 < dearer < 200
 
 
 def test_costs_of_a_graph_add_up():

@@ -11,7 +11,7 @@ from scipy.sparse import coo_array
 from peft_greentrainer import CostGraph, profile, select
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "bert", "t5", "mixture", "mamba2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "bert", "t5", "t5-fused", "mixture", "mamba2"])
 def graph(request):
     return profile(make_model(request.param), make_batch(request.param))
 
