@@ -31,25 +31,17 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer (`nn.Module`): The module to wrap.
         adapter_name (`str`): The name of the first adapter.
-        tied (`dict[str, tuple[GreenTrainerLayer, str]]`, *optional*):
-            For each tensor that is tied to one of another wrapper: that wrapper, which owns the value, and the name
-            of the tensor there.
     """
 
     adapter_layer_names: tuple[str, ...] = ("greentrainer_values",)
     other_param_names: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        tied: Optional[dict[str, tuple[GreenTrainerLayer, str]]] = None,
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.greentrainer_values = nn.ModuleDict()
         self.merged_adapters = []
-        self._tied = tied or {}
+        self._tied: dict[str, tuple[GreenTrainerLayer, str]] = {}
         self._selected: dict[str, Set[str]] = {}
         self._float32_values: dict[str, bool] = {}
         self._unmerged: dict[str, Tensor] = {}
@@ -81,6 +73,10 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
     def drop_value(self, adapter_name: str, tensor: str) -> None:
         """Forget the value of a tensor, which is then its base tensor again."""
         del self.greentrainer_values[adapter_name][tensor]
+
+    def read_from(self, tensor: str, owner: GreenTrainerLayer, owned: str) -> None:
+        """Take the value of a tensor from the wrapper that owns it: the two are tied, and so one tensor."""
+        self._tied[tensor] = (owner, owned)
 
     def set_selected(self, adapter_name: str, tensors: Set[str], trainable: bool = True) -> None:
         """Train the values of these tensors and freeze the adapter's others."""
@@ -253,9 +249,7 @@ class GreenTrainerLayerNorm(GreenTrainerLayer, nn.LayerNorm):
     """The wrapper of an `nn.LayerNorm` is one too: transformers takes norms out of weight decay by their class."""
 
 
-def wrap(
-    module: nn.Module, adapter_name: str, tied: Optional[dict[str, tuple[GreenTrainerLayer, str]]] = None
-) -> GreenTrainerLayer:
+def wrap(module: nn.Module, adapter_name: str) -> GreenTrainerLayer:
     """The wrapper for this module."""
     cls = GreenTrainerLayerNorm if isinstance(module, nn.LayerNorm) else GreenTrainerLayer
-    return cls(module, adapter_name, tied)
+    return cls(module, adapter_name)

@@ -150,10 +150,10 @@ class GreenTrainerModel(BaseTuner):
             layer = target
             layer.add_adapter(adapter_name)
         else:
-            layer = wrap(
-                target, adapter_name, {name: (self.model.get_submodule(key), t) for name, (key, t) in tied.items()}
-            )
+            layer = wrap(target, adapter_name)
             self._replace_module(parent, target_name, layer, target)
+        for name, (owner, owned) in tied.items():
+            layer.read_from(name, self.model.get_submodule(owner), owned)
         for name in own:
             if f"{current_key}.{name}" in peft_config.tensors:
                 layer.add_value(adapter_name, name, peft_config.init_weights)
@@ -168,6 +168,8 @@ class GreenTrainerModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         self._holders = _holders(self.model)
+        for adapter_name in self.active_adapters:
+            _warn_if_never_selected(self.model, adapter_name)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -179,13 +181,7 @@ class GreenTrainerModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        if config.provisional and config.init_weights and _has_moved(model, adapter_name):
-            warnings.warn(
-                "This adapter was trained, but no selection was ever made: what was trained was chosen from sizes alone. "
-                "Add callbacks=[GreenTrainerCallback()] to the Trainer, or call "
-                "model.base_model.update_and_allocate(step, optimizer) in every step of the loop.",
-                stacklevel=2,
-            )
+        _warn_if_never_selected(model, adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -280,10 +276,20 @@ def _provisional_selection(sizes: dict[str, int], rho: float) -> list[str]:
     return selected
 
 
-def _has_moved(model: nn.Module, adapter_name: str) -> bool:
-    return any(
+def _warn_if_never_selected(model: nn.Module, adapter_name: str) -> None:
+    config = model.peft_config[adapter_name]
+    if not (config.provisional and config.init_weights):
+        return
+    moved = any(
         not torch.equal(value, layer.base_tensor(name).to(value.dtype))
         for layer in layers(model).values()
         if adapter_name in layer.greentrainer_values and not layer.merged
         for name, value in layer.greentrainer_values[adapter_name].items()
     )
+    if moved:
+        warnings.warn(
+            "This adapter was trained, but no selection was ever made: what was trained was chosen from sizes alone. Add "
+            "callbacks=[GreenTrainerCallback()] to the Trainer, or call model.base_model.update_and_allocate(step, "
+            "optimizer) in every step of the loop.",
+            stacklevel=2,
+        )

@@ -499,6 +499,8 @@ def test_saving_what_was_never_selected_warns(tmp_path):
         UserWarning, match=r"no selection was ever made.*callbacks=\[GreenTrainerCallback\(\)\].*update_and_allocate"
     ):
         model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="no selection was ever made"):
+        model.merge_and_unload()
 
 
 def test_training_that_ends_without_a_selection_warns(tmp_path):
