@@ -12,7 +12,7 @@ The base tensor stays as it is, frozen. A tensor that was never selected has no 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from typing import Any, Optional
 
 import torch
@@ -111,50 +111,49 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         base = owner.base_tensor(name)
         if owner.merged or owner.disable_adapters:
             return base
-        return owner._combine(base, name, owner.active_adapters)
+        return _combine(base, owner._values(owner.active_adapters).get(name, []))
 
-    def _combine(self, base: Tensor, tensor: str, adapter_names: list[str]) -> Tensor:
-        values = [
-            self.greentrainer_values[adapter][tensor]
-            for adapter in adapter_names
-            if adapter in self.greentrainer_values and tensor in self.greentrainer_values[adapter]
-        ]
-        if not values:
-            return base
-        if len(values) == 1:
-            return values[0] if values[0].dtype == base.dtype else values[0].to(base.dtype)
-        return (base + sum(value - base for value in values)).to(base.dtype)
+    def _values(self, adapter_names: list[str]) -> dict[str, list[Tensor]]:
+        """The values of these adapters, by tensor."""
+        found: dict[str, list[Tensor]] = {}
+        # Not through nn.Module's attribute lookup: this runs in every forward pass of every wrapper.
+        of_adapter = self._modules["greentrainer_values"]._modules
+        for adapter in adapter_names:
+            if adapter in of_adapter:
+                for tensor, value in of_adapter[adapter].items():
+                    found.setdefault(tensor, []).append(value)
+        return found
 
     def _base_data(self, tensor: str) -> Tensor:
         return self._unmerged.get(tensor, self.base_tensor(tensor).detach())
 
     def _tensors_of_base(self, tensor: str) -> dict[str, Any]:
+        base_layer = self._modules["base_layer"]
         # FSDP1 keeps the views of its flat parameter in __dict__, where they hide what is in _parameters.
-        return self.base_layer.__dict__ if tensor in self.base_layer.__dict__ else self.base_layer._parameters
+        return base_layer.__dict__ if tensor in base_layer.__dict__ else base_layer._parameters
 
     # Forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base_layer = self._modules["base_layer"]
+        if self.merged_adapters or self._disable_adapters:
+            return base_layer(*args, **kwargs)
         swapped = []
-        if not (self.merged or self.disable_adapters):
-            for tensor in self._tensors_with_value():
-                own = self._tensors_of_base(tensor)
-                swapped.append((own, tensor, own[tensor]))
-                own[tensor] = self.effective_tensor(tensor)
+
+        def swap(tensor: str, effective: Tensor) -> None:
+            own = self._tensors_of_base(tensor)
+            swapped.append((own, tensor, own[tensor]))
+            own[tensor] = effective
+
         try:
-            return self.base_layer(*args, **kwargs)
+            for tensor, values in self._values(self.active_adapters).items():
+                swap(tensor, _combine(self.base_tensor(tensor), values))
+            for tensor in self._tied:
+                swap(tensor, self.effective_tensor(tensor))
+            return base_layer(*args, **kwargs)
         finally:
             for own, tensor, base in swapped:
                 own[tensor] = base
-
-    def _tensors_with_value(self) -> Iterator[str]:
-        seen = set(self._tied)
-        yield from self._tied
-        for adapter in self.active_adapters:
-            if adapter in self.greentrainer_values:
-                new = self.greentrainer_values[adapter].keys() - seen
-                seen |= new
-                yield from new
 
     # What peft asks of a tuner layer
 
@@ -169,11 +168,8 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         if not adapter_names:
             return
         adapter_names = self.merged_adapters + adapter_names
-        values = [
-            self.greentrainer_values[adapter] for adapter in adapter_names if adapter in self.greentrainer_values
-        ]
-        tensors = {tensor for of_adapter in values for tensor in of_adapter}
-        merged = {t: self._combine(self._base_data(t), t, adapter_names).detach().clone() for t in sorted(tensors)}
+        values = self._values(adapter_names)
+        merged = {t: _combine(self._base_data(t), of_tensor).detach().clone() for t, of_tensor in values.items()}
         for tensor, value in merged.items():
             if safe_merge and not torch.isfinite(value).all():
                 raise ValueError(
@@ -253,3 +249,12 @@ def wrap(module: nn.Module, adapter_name: str) -> GreenTrainerLayer:
     """The wrapper for this module."""
     cls = GreenTrainerLayerNorm if isinstance(module, nn.LayerNorm) else GreenTrainerLayer
     return cls(module, adapter_name)
+
+
+def _combine(base: Tensor, values: list[Tensor]) -> Tensor:
+    """The one value, in the type of the base tensor; or base plus the sum of what several values change."""
+    if not values:
+        return base
+    if len(values) == 1:
+        return values[0] if values[0].dtype == base.dtype else values[0].to(base.dtype)
+    return (base + sum(value - base for value in values)).to(base.dtype)
