@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
 
+import numpy as np
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -23,7 +24,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_greentrainer import GreenTrainerConfig, profile
+from peft_greentrainer import CostGraph, GreenTrainerConfig, profile, select
 
 
 def make_model(args: argparse.Namespace) -> nn.Module:
@@ -143,6 +144,22 @@ def measure_memory(args: argparse.Namespace, base: nn.Module, batch: dict[str, t
     return peaks
 
 
+def time_selection(tensors: int = 1000, rounds: int = 9) -> float:
+    """Milliseconds to select from so many tensors in a row, with heavy-tailed importances."""
+    random = np.random.default_rng(0)
+    ones = np.ones((tensors, tensors), dtype=bool)
+    needs = np.concatenate([np.triu(ones, 1), np.eye(tensors, dtype=bool)], axis=1)
+    costs = random.integers(1, 10**9, 2 * tensors)
+    forward_flops = int(costs[tensors:].sum())
+    graph = CostGraph(
+        tuple(map(str, range(tensors))), forward_flops, forward_flops + int(costs[1:].sum()), costs, needs
+    )
+    importance = dict(zip(graph.tensors, random.lognormal(0, 2, tensors).tolist()))
+    return 1e3 * median(
+        seconds(lambda: select(graph, importance, rho), "cpu") for rho in np.linspace(0.4, 0.9, rounds)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rho", type=float, default=0.5)
@@ -160,17 +177,29 @@ def main() -> None:
     batch = {"input_ids": ids, "labels": ids}
     time_of = time_steps(args, base, batch)
     peaks = measure_memory(args, base, batch)
+    selecting = time_selection()
 
     print(f"{'seconds':32} median of {args.rounds}")
     for kind, taken in time_of.items():
         print(f"  {kind:30} {taken:8.3f}   {taken / time_of['full']:5.2f} of full")
     print(f"  {'wrapped / bare':30} {time_of['wrapped'] / time_of['bare']:8.3f}")
+    print(f"  {'select, chain of 1000 tensors':30} {selecting:8.1f} ms")
     print("peak memory of forward and backward")
     for kind, peak in peaks.items():
         print(f"  {kind:30} {peak / 2**20:8.1f} MiB")
     print(f"  {'probe / full, none kept':30} {peaks['probe'] / peaks['full, no gradients kept']:8.3f}")
     print(f"  {'probe of 1 row / budgeted':30} {peaks['probe of 1 row'] / peaks['budgeted']:8.3f}")
-    print(json.dumps({"arguments": vars(args), "torch": torch.__version__, "seconds": time_of, "bytes": peaks}))
+    print(
+        json.dumps(
+            {
+                "arguments": vars(args),
+                "torch": torch.__version__,
+                "seconds": time_of,
+                "select_ms": selecting,
+                "bytes": peaks,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

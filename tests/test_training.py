@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from models import make_batch, make_model
+from benchmark_step import peak_bytes
+from models import llama, make_batch, make_model
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -389,6 +390,35 @@ def test_rho_one_trains_everything_like_full_fine_tuning():
         optimizer.zero_grad()
         loop.step()
     torch.testing.assert_close(model(**make_batch("llama")).logits, full(**make_batch("llama")).logits)
+
+
+def test_a_probe_needs_no_more_memory_than_a_full_pass():
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "vocab_size": 256}
+    batch = {"input_ids": torch.randint(3, 256, (4, 64))}
+    batch["labels"] = batch["input_ids"]
+    full = llama(**sizes)
+    for parameter in full.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def peak(model):
+        return peak_bytes(lambda: model(**batch).loss.backward(), "cpu")
+
+    def peaks(probe_batch_size):
+        """Of a probe, and of the step that follows."""
+        model = get_peft_model(llama(**sizes), GreenTrainerConfig(rho=0.5, probe_batch_size=probe_batch_size))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        model.base_model.update_and_allocate(0, optimizer)
+        probe = peak(model)
+        model.base_model.update_and_allocate(1, optimizer)
+        optimizer.zero_grad()
+        return probe, peak(model)
+
+    peak(full)  # the first pass of a process also allocates what stays
+    probe, budgeted = peaks(None)
+    assert probe <= 1.02 * peak(full)
+    assert budgeted < 0.7 * probe
+    of_one_row, _ = peaks(1)
+    assert of_one_row <= 1.2 * budgeted
 
 
 # Bad input
