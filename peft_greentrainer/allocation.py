@@ -124,7 +124,7 @@ class Allocator:
     def _select(
         self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, optimizer: torch.optim.Optimizer
     ) -> bool:
-        own = candidates(self.model, config).keys()
+        own = set(candidates(self.model, config))
         trained = {name for name, parameter in probe.trained().items() if name not in own}
         graph, importances = probe.read(own | trained)
         if not all(map(math.isfinite, importances.values())):

@@ -125,11 +125,10 @@ class GreenTrainerModel(BaseTuner):
         # peft wants to see its marker of an excluded module; a module that matches and owns no candidate is no target.
         return False if matched else matched
 
-    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        pass
+    # peft warns of tied embeddings, and where they are merged; here a tied tensor has one owner, and the others read
+    # through it.
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        # peft warns of tied embeddings; here a tied tensor has one owner, and the others read through it.
         pass
 
     def _check_merge_allowed(self) -> None:
@@ -204,14 +203,9 @@ def layers(model: nn.Module) -> dict[str, GreenTrainerLayer]:
     }
 
 
-def candidates(model: nn.Module, config: GreenTrainerConfig) -> dict[str, tuple[GreenTrainerLayer, str]]:
-    """The tensors that the adapter with this config may train: for each, its wrapper and its name there."""
-    return {
-        f"{key}.{name}": (layer, name)
-        for key, (own, _) in plan_wrappers(config, model).items()
-        for layer in [model.get_submodule(key)]
-        for name in own
-    }
+def candidates(model: nn.Module, config: GreenTrainerConfig) -> list[str]:
+    """The tensors that the adapter with this config may train."""
+    return [f"{key}.{name}" for key, (own, _) in plan_wrappers(config, model).items() for name in own]
 
 
 def set_values(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:

@@ -22,6 +22,15 @@ def make_peft_model(kind="llama", **options):
     return get_peft_model(make_model(kind), GreenTrainerConfig(**{"rho": 0.6, **options}))
 
 
+def dataset(kind, rows):
+    return [{k: v[0] for k, v in make_batch(kind, rows=1, seed=i).items()} for i in range(rows)]
+
+
+def arguments(folder, **options):
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    return TrainingArguments(folder, **quiet, **options)
+
+
 def values(model):
     """A copy of every value, by the name of its tensor."""
     return {
@@ -288,17 +297,13 @@ def test_probe_on_fewer_rows_leaves_the_step_as_usual():
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_values_join_the_groups_that_transformers_would_choose(kind, tmp_path):
     model = make_peft_model(kind, rho=0.7, reselect=3)
-    data = [{k: v[0] for k, v in make_batch(kind, rows=1, seed=i).items()} for i in range(16)]
-    args = TrainingArguments(
+    data = dataset(kind, 16)
+    args = arguments(
         tmp_path,
         max_steps=12,
         per_device_train_batch_size=4,
         weight_decay=0.1,
         learning_rate=1e-2,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
     )
     trainer = Trainer(model, args, train_dataset=data, callbacks=[GreenTrainerCallback()])
     trainer.train()
@@ -334,8 +339,8 @@ def test_values_join_the_groups_that_transformers_would_choose(kind, tmp_path):
 def test_trainer_end_to_end(tmp_path):
     base = make_model("llama-tied")
     model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(rho=0.5, reselect="epoch", task_type="CAUSAL_LM"))
-    data = [{k: v[0] for k, v in make_batch("llama", rows=1, seed=i).items()} for i in range(16)]
-    args = TrainingArguments(
+    data = dataset("llama", 16)
+    args = arguments(
         tmp_path / "run",
         num_train_epochs=2,
         per_device_train_batch_size=2,
@@ -343,10 +348,6 @@ def test_trainer_end_to_end(tmp_path):
         max_grad_norm=0.5,
         warmup_steps=2,
         learning_rate=1e-2,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
     )
     trainer = Trainer(model, args, train_dataset=data, callbacks=[GreenTrainerCallback()])
     before = trainer.evaluate(data)["eval_loss"]
@@ -535,18 +536,16 @@ def test_saving_what_was_never_selected_warns(tmp_path):
 
 def test_training_that_ends_without_a_selection_warns(tmp_path):
     model = make_peft_model(importance_batches=9)
-    data = [{k: v[0] for k, v in make_batch("llama", rows=1, seed=i).items()} for i in range(4)]
-    args = TrainingArguments(
-        tmp_path, max_steps=2, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True
-    )
+    data = dataset("llama", 4)
+    args = arguments(tmp_path, max_steps=2)
     with pytest.warns(UserWarning, match="no selection was ever made"):
         Trainer(model, args, train_dataset=data, callbacks=[GreenTrainerCallback()]).train()
     untouched(model, {n for n, p in model.named_parameters() if p.requires_grad and "greentrainer_values" in n})
 
 
 def test_the_callback_refuses_a_model_without_an_adapter(tmp_path):
-    data = [{k: v[0] for k, v in make_batch("llama", rows=1, seed=i).items()} for i in range(4)]
-    args = TrainingArguments(tmp_path, max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True)
+    data = dataset("llama", 4)
+    args = arguments(tmp_path, max_steps=1)
     with pytest.raises(ValueError, match=r"get_peft_model\(model, GreenTrainerConfig"):
         Trainer(make_model("llama"), args, train_dataset=data, callbacks=[GreenTrainerCallback()]).train()
 
