@@ -160,8 +160,8 @@ def load_pairs(args: Namespace) -> list[list[Pair]]:
 class Batches:
     """Make batches of pairs.
 
-    The prompt is plain text, and not the chat template: the untrained model gives the first 60 validation summaries a
-    loss of 3.57 after it, and of 3.80 after the template, whose system message costs a fifth of the sequence as well.
+    The prompt is plain text: the untrained model gives the first 60 validation summaries a loss of 3.57 after it, 3.57
+    after the chat template without a system message and 3.80 with its own, which take 11 and 32 more of the tokens.
     """
 
     def __init__(self, model_name: str | Path, max_length: int, truncation_side: str) -> None:
@@ -204,7 +204,6 @@ def evaluate(model: nn.Module, batches: Batches, pairs: list[Pair]) -> tuple[dic
     for batch in DataLoader(pairs[:LOSS_PAIRS], EVALUATION_BATCH_SIZE, collate_fn=batches.for_training):
         tokens.append((batch["labels"] != -100).sum().item())
         losses.append(model(**batch).loss.item() * tokens[-1])
-
     end = batches.tokenizer.eos_token_id
     for prompts in DataLoader(pairs[:ROUGE_PAIRS], EVALUATION_BATCH_SIZE, collate_fn=batches.for_generation):
         sequences = model.generate(**prompts, do_sample=False, max_new_tokens=SUMMARY_TOKENS, pad_token_id=end)
