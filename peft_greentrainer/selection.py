@@ -204,7 +204,7 @@ class _Closures:
         paid = self.needs[chosen].any(axis=0)
         left = self.budget - int(self.costs @ paid)
         for i in np.argsort(-self.value, kind="stable"):
-            if not chosen[i]:
+            if not chosen[i] and self.own_cost[i] <= left:
                 extra = int(self.costs @ (self.needs[i] & ~paid))
                 if extra <= left:
                     chosen[i] = True
