@@ -115,14 +115,19 @@ def _choose(graph: CostGraph, value: np.ndarray, budget: int, fixed: np.ndarray)
     paid = graph.bounded_needs[fixed].any(axis=0)
     budget -= int(graph.costs @ paid)
     items = np.flatnonzero((value > 0) & ~fixed)
+    if not len(items):
+        return fixed
     needs, value = graph.bounded_needs[items][:, ~paid], value[items]
     costs = graph.costs[~paid]
-    shared = needs & (needs.sum(axis=0) > 1)
-    problem = _Closures(needs, shared, costs, (needs & ~shared) @ costs, value, budget)
+    users = needs.sum(axis=0)
+    shared = needs & (users > 1)
+    own_cost = _sum_by(needs.argmax(axis=0)[users == 1], costs[users == 1], len(items))
+    problem = _Closures(needs, shared, costs, own_cost, value, budget)
 
     order = np.argsort(shared @ costs, kind="stable")
-    prefixes = np.logical_or.accumulate(shared[order], axis=0)
-    best = problem.knapsack(order, budget - prefixes @ costs)
+    first_user = shared[order].argmax(axis=0)[users > 1]
+    prefix_cost = np.cumsum(_sum_by(first_user, costs[users > 1], len(items)))
+    best = problem.knapsack(order, budget - prefix_cost)
     if (shared[order][:-1] & ~shared[order][1:]).any():
         for start in (shared[best].any(axis=0), np.zeros(len(costs), dtype=bool)):
             for paid, bound in problem.climb(start):
@@ -133,6 +138,13 @@ def _choose(graph: CostGraph, value: np.ndarray, budget: int, fixed: np.ndarray)
     chosen = fixed.copy()
     chosen[items[best]] = True
     return chosen
+
+
+def _sum_by(index: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
+    """Integers summed by index, exactly."""
+    total = np.zeros(length, dtype=np.int64)
+    np.add.at(total, index, values)
+    return total
 
 
 @dataclass(frozen=True)

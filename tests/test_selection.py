@@ -104,6 +104,12 @@ def test_always_is_always_selected_and_counts(graph):
         select(graph, importance, graph.ratio(always) - 1e-3, always=always)
 
 
+def test_always_may_be_everything_that_matters(graph):
+    always = [graph.tensors[-1]]
+    importance = dict.fromkeys(always, 1.0)
+    assert select(graph, importance, rho=0.9, always=always).tensors == set(always)
+
+
 def test_under_the_floor_names_rho_the_floor_and_the_tensor(graph):
     cheapest = min(graph.tensors, key=lambda name: graph.flops([name]))
     with pytest.raises(ValueError, match=rf"rho=0\.1 .*floor of {graph.floor:.4f}") as error:
