@@ -40,7 +40,11 @@ class NoticeTrainedBias(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and torch._C._current_graph_task_id() == -1:
+        if (
+            func is scaled_dot_product_attention
+            and torch.is_grad_enabled()
+            and torch._C._current_graph_task_id() == -1
+        ):
             return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 

@@ -69,7 +69,12 @@ class CostGraph:
     @cached_property
     def floor(self) -> float:
         """The smallest ratio that any non-empty selection reaches."""
-        return float(self.forward_flops + (self._charged(self.needs) @ self.costs).min()) / self.full_flops
+        return self.ratio([self.tensors[self.cheapest]])
+
+    @cached_property
+    def cheapest(self) -> int:
+        """The row of the tensor that reaches the floor."""
+        return int(np.argmin(self._charged(self.needs) @ self.costs))
 
     @cached_property
     def bounded_needs(self) -> np.ndarray:
@@ -111,7 +116,10 @@ class CostGraph:
             raise ValueError("The loss reaches no candidate tensor: check that it depends on the model's parameters.")
         n_operations = len(recorder.costs)
         width = (n_operations + 7) // 8
-        bits = [np.frombuffer(recorder.needed_by[name].to_bytes(width, "little"), dtype=np.uint8) for name in names]
+        bits = [
+            np.frombuffer((recorder.needed_by[name] | recorder.forced).to_bytes(width, "little"), dtype=np.uint8)
+            for name in names
+        ]
         needs = np.unpackbits(np.stack(bits), axis=1, count=n_operations, bitorder="little").astype(bool)
 
         # Operations that the same tensors need under the same condition are one class.

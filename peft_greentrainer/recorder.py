@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from .attention import NoticeTrainedBias
+from .forced import NoticeForcedGradient
 from .formulas import looks_like_matmul, missing_formulas
 
 
@@ -37,15 +38,17 @@ class CostRecorder(TorchDispatchMode):
         self.forward_flops = 0
         self.costs = [0]  # bit 0 of a set of ancestors stands for no operation
         self.needed_by: dict[str, int] = {}
+        self.forced = 0
         self.conditions: dict[int, tuple[int, bool]] = {}
-        self._recomputed_segment = 0
+        self._recomputed = 0
+        self._stops_early = False
         self._formulas = {**flop_registry, **{op: shape_wrapper(f) for op, f in missing_formulas().items()}}
         self._formula_of: dict[Any, Callable[..., int] | None] = {}
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """For the forward pass: also notices attention whose kernel depends on what is trained."""
-        with self, NoticeTrainedBias(self):
+        """For the forward pass: also notices what makes backward operations depend on more than the trained tensors."""
+        with self, NoticeTrainedBias(self), NoticeForcedGradient(self):
             yield
 
     def mark(self, name: str, grad: Tensor) -> None:
@@ -75,15 +78,17 @@ class CostRecorder(TorchDispatchMode):
                 inherited |= self.ancestors(tensor)
 
         if torch.is_grad_enabled():
-            # Gradient checkpointing runs a segment of the forward pass again, as a whole, for the first gradient that
-            # needs any of it: one bit for the segment.
-            if not self._recomputed_segment:
-                self._recomputed_segment = self.new_operation(0)
-            inherited |= self._recomputed_segment
+            # Gradient checkpointing runs a segment of the forward pass again.
             if formula is not None:
-                self.costs[self._recomputed_segment.bit_length() - 1] += formula(*args, **kwargs, out_val=out)
+                self._recomputed |= self.new_operation(formula(*args, **kwargs, out_val=out))
+            inherited |= self._recomputed
+        elif self._recomputed and func is torch.ops.aten.detach.default:
+            # Non-reentrant checkpointing saves a tensor again, and stops after the last that is asked for: so whoever
+            # uses this one needs what was run so far.
+            self._stops_early = True
+            inherited |= self._recomputed
         else:
-            self._recomputed_segment = 0
+            self._end_segment()
             if func is torch.ops.aten.convolution_backward.default:
                 self._split_convolution_backward(formula, inherited, args, kwargs, out)
                 return out
@@ -112,6 +117,10 @@ class CostRecorder(TorchDispatchMode):
         if tensor._base is not None:
             tensor._base._costed_ancestors = self.ancestors(tensor._base) | ancestors
 
+    def force(self, grad: Tensor) -> None:
+        """Note that every step computes `grad`, whatever is trained."""
+        self.forced |= self.ancestors(grad)
+
     def run_only_if(self, operations: int, condition: int) -> None:
         """These operations run only in steps in which some trained tensor needs the operation `condition`."""
         for operation in _bits(operations & ~condition):
@@ -121,6 +130,16 @@ class CostRecorder(TorchDispatchMode):
         """These operations run only in steps in which no trained tensor needs the operation `condition`."""
         for operation in _bits(operations):
             self.conditions[operation] = (condition.bit_length() - 1, False)
+
+    def _end_segment(self) -> None:
+        if self._recomputed and not self._stops_early:
+            # Reentrant checkpointing runs the whole segment for whoever needs any of it.
+            first, *others = _bits(self._recomputed)
+            for operation in others:
+                self.costs[first] += self.costs[operation]
+                self.costs[operation] = 0
+        self._recomputed = 0
+        self._stops_early = False
 
     def _split_convolution_backward(self, formula, inherited: int, args, kwargs, out) -> None:
         # One operation makes the gradients of input and weight, but runs only for those that are asked for.
