@@ -47,12 +47,15 @@ class Allocator:
         self.selection: Selection | None = None
         self.graph: CostGraph | None = None
         self.importances: dict[str, float] = {}
+        self._config: GreenTrainerConfig | None = None
         self._probe: Probe | None = None
         self._last: int | None = None
-        self._warned = False
+        self._passes_before = 0
+        self._warned: set[str] = set()
 
     def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""
+        self._active_adapter()
         if self.selection is None:
             self._arm(optimizer)
         self._last = step
@@ -69,6 +72,13 @@ class Allocator:
                 )
             now = epoch
 
+        if self._probe is not None and self._probe.passes == self._passes_before:
+            self._probe.close()
+            self._warn_once(
+                "A step was to be a probe, and no forward and backward pass of the model was seen in it, so nothing was "
+                "measured; the next step is a probe again. Call the model itself, not a part of it or what torch.compile "
+                "made of it before, and then loss.backward()."
+            )
         if self._probe is not None and self._probe.complete:
             measured, self._probe = self._probe, None
             if self._select(measured, adapter_name, config, optimizer):
@@ -79,6 +89,7 @@ class Allocator:
         due = self.selection is None or now + ahead - self._last >= interval
         if self._probe is None and due:
             self._arm(optimizer)
+        self._passes_before = self._probe.passes if self._probe is not None else 0
 
     def end(self) -> None:
         """Call off a probe that no further step will complete."""
@@ -99,6 +110,10 @@ class Allocator:
             raise ValueError(
                 f"The adapter '{adapter_name}' was loaded for inference: load it with is_trainable=True to train it."
             )
+        if config is not self._config:  # another adapter, or another training on the same base
+            self.end()
+            self.selection, self.graph, self.importances = None, None, {}
+            self._config = config
         return adapter_name, config
 
     def _arm(self, optimizer: torch.optim.Optimizer) -> None:
@@ -128,18 +143,21 @@ class Allocator:
         trained = {name for name, parameter in probe.trained().items() if name not in own}
         graph, importances = probe.read(own | trained)
         if not all(map(math.isfinite, importances.values())):
-            if not self._warned:
-                warnings.warn(
-                    "The loss or a gradient was not finite in a probe, so the selection stays as it was; the next step is "
-                    "a probe again. If this goes on, lower the learning rate or look for bad examples."
-                )
-                self._warned = True
+            self._warn_once(
+                "The loss or a gradient was not finite in a probe, so the selection stays as it was; the next step is "
+                "a probe again. If this goes on, lower the learning rate or look for bad examples."
+            )
             return False
 
         selection = select(graph, {name: importances[name] for name in graph.tensors}, config.rho, always=trained)
         self.graph, self.importances, self.selection = graph, importances, selection
         _apply(self.model, adapter_name, selection.tensors & own, optimizer)
         return True
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=3)
 
 
 def measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .recorder import CostRecorder
+from .recorder import CostRecorder, bits_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,8 @@ class CostGraph:
         full_flops: FLOPs of full fine-tuning, forward included: every parameter that gets a gradient, candidate or not.
         costs: (C,) int64, FLOPs of each class of backward operations (those needed by the same tensors).
         needs: (N, C) bool, which classes the gradient of each tensor needs.
+        forced_flops: FLOPs of the activation gradients that every step computes, whatever is trained, because an
+            activation was made to require grad. They are among the needs of every tensor.
         condition: (C,) int64, for operations that run in some steps only: the class on which that depends, else -1.
         runs_if: (C,) bool, whether they run if a trained tensor needs that class (True) or if none does (False).
     """
@@ -52,6 +54,7 @@ class CostGraph:
     full_flops: int
     costs: np.ndarray = field(repr=False)
     needs: np.ndarray = field(repr=False)
+    forced_flops: int = 0
     condition: np.ndarray | None = field(default=None, repr=False)
     runs_if: np.ndarray | None = field(default=None, repr=False)
 
@@ -138,6 +141,7 @@ class CostGraph:
             full_flops=0,
             costs=costs,
             needs=needs[:, first],
+            forced_flops=sum(recorder.costs[operation] for operation in bits_of(recorder.forced)),
             condition=np.where(kinds[1] < 0, -1, np.searchsorted(kinds[0], kinds[1])) if recorder.conditions else None,
             runs_if=runs_if[first] if recorder.conditions else None,
         )

@@ -56,7 +56,7 @@ def check_fingerprint(name: str, expected: dict[str, Any], tensor: Tensor) -> No
     found = fingerprint(tensor)
     samples, other = (torch.tensor(f["samples"], dtype=torch.float64) for f in (expected, found))
     tolerance = 1e-6 if found["dtype"] == expected["dtype"] else HALF_PRECISION
-    if not torch.allclose(samples, other, rtol=tolerance, atol=1e-7):
+    if not torch.allclose(samples, other, rtol=tolerance, atol=1e-7, equal_nan=True):
         raise ValueError(
             f"This delta was made for another base: {name} holds {samples[:3].tolist()} ... there and "
             f"{other[:3].tolist()} ... here. Load it onto the base model that it was trained on."

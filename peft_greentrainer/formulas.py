@@ -84,7 +84,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 }
 
 _MATMUL_LIKE = re.compile(
-    r"(^|_)(mm|addmm|bmm|baddbmm|mv|matmul|einsum|linear|conv\dd|convolution|attention|rnn|gru|lstm|trilinear|addr)(_|$)"
+    r"(^|_)(mm|addmm|bmm|baddbmm|mv|matmul|einsum|linear|conv\dd|convolution|attention|transformer|rnn|gru|lstm|trilinear|addr)(_|$)"
     r"|(int\d+|grouped|scaled|packed?)_?mm"
 )
 

@@ -47,6 +47,8 @@ def importance(grad: Tensor, rule: UpdateRule, lr: float) -> Tensor:
     Returns:
         A float32 scalar on the gradient's device. It is not finite where the gradient is not.
     """
+    if grad.is_sparse:  # the rows of an nn.Embedding(sparse=True) that the batch used
+        grad = grad.coalesce().values()
     if rule == "sgd":
         return lr * torch.linalg.vector_norm(grad, 2, dtype=torch.float32) ** 2
     return lr * torch.linalg.vector_norm(grad, 1, dtype=torch.float32)

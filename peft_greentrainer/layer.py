@@ -12,7 +12,9 @@ The base tensor stays as it is, frozen. A tensor that was never selected has no 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Set
+from collections.abc import Callable, Set
+from functools import partial
+from types import MethodType
 from typing import Any, Optional
 
 import torch
@@ -135,9 +137,12 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
     # Forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        base_layer = self._modules["base_layer"]
+        return self._run(self._modules["base_layer"], *args, **kwargs)
+
+    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the base layer, or a method of it, with effective tensors in place of its own."""
         if self.merged_adapters or self._disable_adapters:
-            return base_layer(*args, **kwargs)
+            return function(*args, **kwargs)
         swapped = []
 
         def swap(tensor: str, effective: Tensor) -> None:
@@ -150,7 +155,7 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
                 swap(tensor, _combine(self.base_tensor(tensor), values))
             for tensor in self._tied:
                 swap(tensor, self.effective_tensor(tensor))
-            return base_layer(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             for own, tensor, base in swapped:
                 own[tensor] = base
@@ -222,7 +227,7 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         return self._attribute("bias")
 
     def __getattr__(self, name: str) -> Any:
-        """Forward missing attributes to the wrapped module, tensors as effective tensors."""
+        """Forward missing attributes to the wrapped module: tensors as effective tensors, methods that use them."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -232,7 +237,11 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
 
     def _attribute(self, name: str) -> Any:
         value = getattr(self.base_layer, name)
-        return self.effective_tensor(name) if isinstance(value, nn.Parameter) else value
+        if isinstance(value, nn.Parameter):
+            return self.effective_tensor(name)
+        if isinstance(value, MethodType) and value.__self__ is self.base_layer:
+            return partial(self._run, value)
+        return value
 
     def extra_repr(self) -> str:
         return ""

@@ -72,6 +72,14 @@ class GreenTrainerModel(BaseTuner):
 
         return allocator_of(self.model).selection
 
+    # trl refuses a tuner layer as the head, and peft saves the base tensors of embeddings that are tuner layers.
+
+    def get_input_embeddings(self) -> nn.Module:
+        return _unwrapped(self.model.get_input_embeddings())
+
+    def get_output_embeddings(self) -> Optional[nn.Module]:
+        return _unwrapped(self.model.get_output_embeddings())
+
     # What peft's injection asks for
 
     def inject_adapter(
@@ -192,6 +200,10 @@ class GreenTrainerModel(BaseTuner):
             set_values(model, adapter_name, in_file)
             set_selection(model, adapter_name, in_file)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _unwrapped(module: Optional[nn.Module]) -> Optional[nn.Module]:
+    return module.base_layer if isinstance(module, GreenTrainerLayer) else module
 
 
 def layers(model: nn.Module) -> dict[str, GreenTrainerLayer]:

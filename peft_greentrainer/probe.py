@@ -14,9 +14,10 @@ measurement is a pass of its own on the first rows of the batch, before the step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class Probe:
         measure: `measure(name, grad)` gives the importance of one gradient, a scalar tensor; it is averaged over passes.
         batches: number of forward and backward passes.
         batch_size: measure on so many rows, in a pass of its own; None: on the whole batch, in the step itself.
+
+    A forward pass whose graph is dropped without a backward pass (a validation with gradients on, a skipped batch) does
+    not count, and the model is as it was before once the graph is gone.
     """
 
     def __init__(
@@ -52,12 +56,14 @@ class Probe:
         self.batches = batches
         self.batch_size = batch_size
         self.passes = 0
-        self._recorder = CostRecorder()
+        self.recorder = CostRecorder()
         self._sums: dict[str, Tensor] = {}
         self._armed = ExitStack()
         self._opened = ExitStack()
         self._recording = ExitStack()
+        self._graphs: dict[int, int] = {}
         self._is_open = False
+        self._arrived_now = False
         self._in_own_pass = False
 
     @property
@@ -74,6 +80,10 @@ class Probe:
     def disarm(self) -> None:
         """Leave the model as it was before."""
         self._armed.close()
+        self.close()
+
+    def close(self) -> None:
+        """Let nothing require grad but what is trained, until the next forward pass."""
         self._opened.close()
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -86,19 +96,34 @@ class Probe:
         assert self.complete
         self.disarm()
         importances = {name: total.item() / self.passes for name, total in self._sums.items()}
-        return CostGraph.of(self._recorder, candidates), importances
+        return CostGraph.of(self.recorder, candidates), importances
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled():  # an evaluation, or a reference model's pass
-            return
-        if self.complete:
-            self._opened.close()
-        else:
+        if torch.is_grad_enabled() and not self.complete:  # not an evaluation, or a reference model's pass
             self._open()
-            self._recording.enter_context(self._recorder.forward())
+            self._forward_flops_before = self.recorder.forward_flops
+            self._recording.enter_context(self.recorder.forward())
+            self._recording.callback(self._watch)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._output = output
         self._recording.close()
+        del self._output
+
+    def _watch(self) -> None:
+        """Notice when the graph of this forward pass is gone: without a backward pass, it does not count."""
+        flops = self.recorder.forward_flops - self._forward_flops_before
+        graph = _Graph()
+        self._graphs[id(graph)] = flops
+        weakref.finalize(graph, self._graph_is_gone, id(graph), self.recorder).atexit = False
+        for tensor in _tensors(self._output):
+            if tensor.requires_grad:
+                tensor.register_hook(graph)
+
+    def _graph_is_gone(self, graph: int, recorder: CostRecorder) -> None:
+        recorder.forward_flops -= self._graphs.pop(graph, 0)
+        if not self._graphs:
+            self.close()
 
     def _open(self) -> None:
         if self._is_open:
@@ -111,21 +136,27 @@ class Probe:
                 self._opened.callback(parameter.requires_grad_, False)
                 self._opened.callback(parameter.register_post_accumulate_grad_hook(free_gradient).remove)
             self._opened.callback(parameter.register_hook(partial(self._arrived, name)).remove)
-        # Nothing tells when a backward pass begins; whoever starts one goes through this function.
-        self._opened.callback(setattr, torch.autograd, "backward", torch.autograd.backward)
-        torch.autograd.backward = self._recorded(torch.autograd.backward)
+        _open_probes.add(self)
+        self._opened.callback(_open_probes.discard, self)
 
-    def _recorded(self, backward: Callable[..., None]) -> Callable[..., None]:
-        @wraps(backward)
-        def recorded(*args: Any, **kwargs: Any) -> None:
-            with self._recorder:
-                backward(*args, **kwargs)
+    def backward_is_done(self) -> None:
+        """One backward pass was recorded; it counts if it was one of this model."""
+        if self._arrived_now:
+            self._arrived_now = False
+            self._graphs = dict.fromkeys(self._graphs, 0)
             self.passes += 1
 
-        return recorded
+    def backward_failed(self) -> None:
+        """What was recorded of a backward pass that was not finished means nothing: measure from the start."""
+        self.recorder = CostRecorder()
+        self._graphs = dict.fromkeys(self._graphs, 0)
+        self._sums.clear()
+        self.passes = 0
+        self._arrived_now = False
 
     def _arrived(self, name: str, grad: Tensor) -> None:
-        self._recorder.mark(name, grad)
+        self._arrived_now = True
+        self.recorder.mark(name, grad)
         self._sums[name] = self._sums.get(name, 0.0) + self.measure(name, grad)
 
     def _pass_of_its_own(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -134,10 +165,66 @@ class Probe:
         self._in_own_pass = True
         try:
             args, kwargs = first_rows(args, kwargs, self.batch_size)
-            record(self._recorder, module, lambda: loss_of(module(*args, **kwargs)), self.parameters, self._arrived)
+            record(self.recorder, module, lambda: loss_of(module(*args, **kwargs)), self.parameters, self._arrived)
+            self.backward_is_done()
+        except BaseException:
+            self.backward_failed()
+            raise
         finally:
             self._in_own_pass = False
-        self.passes += 1
+
+
+class _Graph:
+    """A hook that does nothing, and lives as long as the graph of the tensors that it is registered on."""
+
+    def __call__(self, grad: Tensor) -> None:
+        pass
+
+
+class _OpenProbes(weakref.WeakSet):
+    """Records every backward pass while it is not empty.
+
+    Nothing tells when a backward pass begins, but whoever starts one goes through `torch.autograd.backward`.
+    """
+
+    def add(self, probe: Probe) -> None:
+        if not self:
+            self._backward = torch.autograd.backward
+            torch.autograd.backward = self._recorded
+        super().add(probe)
+
+    def discard(self, probe: Probe) -> None:
+        super().discard(probe)
+        if not self:
+            torch.autograd.backward = self._backward
+
+    def _recorded(self, *args: Any, **kwargs: Any) -> None:
+        nested = torch._C._current_graph_task_id() != -1  # reentrant checkpointing
+        recording = [] if nested else [probe for probe in self if not probe.complete]
+        try:
+            with ExitStack() as modes:
+                for probe in recording:
+                    modes.enter_context(probe.recorder)
+                self._backward(*args, **kwargs)
+        except BaseException:
+            for probe in recording:
+                probe.backward_failed()
+            raise
+        for probe in recording:
+            probe.backward_is_done()
+
+
+_open_probes = _OpenProbes()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from _tensors(tuple(output.values()))
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
 
 
 def first_rows(args: tuple, kwargs: dict[str, Any], rows: int) -> tuple[tuple, dict[str, Any]]:

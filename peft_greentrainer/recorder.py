@@ -6,6 +6,8 @@ trained. So the dataflow of one pass in which every tensor is trained tells the 
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from .attention import NoticeTrainedBias
 from .forced import NoticeForcedGradient
 from .formulas import looks_like_matmul, missing_formulas
+
+
+_numbers = itertools.count()
 
 
 class CostRecorder(TorchDispatchMode):
@@ -30,16 +36,20 @@ class CostRecorder(TorchDispatchMode):
         >>> graph = CostGraph.of(recorder, candidates)
 
     It keeps no tensor alive: every tensor made in the backward pass carries the set of its costed ancestors, an int
-    used as a bit set, as an attribute.
+    used as a bit set, as an attribute, whose name is this recorder's own.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.forward_flops = 0
+        self._attribute = f"_costed_ancestors_{next(_numbers)}"
         self.costs = [0]  # bit 0 of a set of ancestors stands for no operation
         self.needed_by: dict[str, int] = {}
         self.forced = 0
         self.conditions: dict[int, tuple[int, bool]] = {}
+        self._is_whole: dict[type, bool] = {}
+        self._running: BackwardCFunction | None = None
+        self._running_as = 0
         self._recomputed = 0
         self._stops_early = False
         self._formulas = {**flop_registry, **{op: shape_wrapper(f) for op, f in missing_formulas().items()}}
@@ -92,8 +102,8 @@ class CostRecorder(TorchDispatchMode):
             if func is torch.ops.aten.convolution_backward.default:
                 self._split_convolution_backward(formula, inherited, args, kwargs, out)
                 return out
-            if formula is not None:
-                inherited |= self.new_operation(formula(*args, **kwargs, out_val=out))
+            if formula is not None or self._whole_function():
+                inherited |= self._operation(formula(*args, **kwargs, out_val=out) if formula else 0)
 
         if inherited:
             written = args if func._schema.is_mutable else ()
@@ -101,21 +111,42 @@ class CostRecorder(TorchDispatchMode):
                 self.inherit(tensor, inherited)
         return out
 
+    def _operation(self, flops: int) -> int:
+        """A new operation, or that of the custom function which is running."""
+        function = self._whole_function()
+        if function is None:
+            return self.new_operation(flops)
+        if function is not self._running:
+            self._running, self._running_as = function, self.new_operation(0)
+        self.costs[self._running_as.bit_length() - 1] += flops
+        return self._running_as
+
+    def _whole_function(self) -> BackwardCFunction | None:
+        """The custom autograd function whose backward pass is running, if it makes all gradients whoever asks."""
+        node = torch._C._current_autograd_node()
+        if not isinstance(node, BackwardCFunction):
+            return None
+        cls = node._forward_cls
+        if cls not in self._is_whole:
+            backward = inspect.unwrap(cls.backward)
+            self._is_whole[cls] = "needs_input_grad" not in backward.__code__.co_names
+        return node if self._is_whole[cls] else None
+
     def new_operation(self, flops: int) -> int:
         self.costs.append(flops)
         return 1 << (len(self.costs) - 1)
 
     def ancestors(self, tensor: Tensor) -> int:
         """The costed operations that this tensor comes from."""
-        ancestors = getattr(tensor, "_costed_ancestors", 0)
+        ancestors = getattr(tensor, self._attribute, 0)
         base = tensor._base
-        return ancestors if base is None else ancestors | getattr(base, "_costed_ancestors", 0)
+        return ancestors if base is None else ancestors | getattr(base, self._attribute, 0)
 
     def inherit(self, tensor: Tensor, ancestors: int) -> None:
         """Add operations to those that this tensor, and the one that it is a view of, come from."""
-        tensor._costed_ancestors = self.ancestors(tensor) | ancestors
+        setattr(tensor, self._attribute, self.ancestors(tensor) | ancestors)
         if tensor._base is not None:
-            tensor._base._costed_ancestors = self.ancestors(tensor._base) | ancestors
+            setattr(tensor._base, self._attribute, self.ancestors(tensor._base) | ancestors)
 
     def force(self, grad: Tensor) -> None:
         """Note that every step computes `grad`, whatever is trained."""
@@ -123,18 +154,18 @@ class CostRecorder(TorchDispatchMode):
 
     def run_only_if(self, operations: int, condition: int) -> None:
         """These operations run only in steps in which some trained tensor needs the operation `condition`."""
-        for operation in _bits(operations & ~condition):
+        for operation in bits_of(operations & ~condition):
             self.conditions[operation] = (condition.bit_length() - 1, True)
 
     def run_only_unless(self, operations: int, condition: int) -> None:
         """These operations run only in steps in which no trained tensor needs the operation `condition`."""
-        for operation in _bits(operations):
+        for operation in bits_of(operations):
             self.conditions[operation] = (condition.bit_length() - 1, False)
 
     def _end_segment(self) -> None:
         if self._recomputed and not self._stops_early:
             # Reentrant checkpointing runs the whole segment for whoever needs any of it.
-            first, *others = _bits(self._recomputed)
+            first, *others = bits_of(self._recomputed)
             for operation in others:
                 self.costs[first] += self.costs[operation]
                 self.costs[operation] = 0
@@ -180,5 +211,6 @@ def _tensors(values) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _bits(operations: int) -> Iterator[int]:
+def bits_of(operations: int) -> Iterator[int]:
+    """The numbers of the operations in a set."""
     return (i for i, bit in enumerate(reversed(f"{operations:b}")) if bit == "1")

@@ -24,6 +24,13 @@ from .closures import most_valuable
 from .cost import CostGraph
 
 
+FORCED = (
+    " Of that, {:.4f} is spent because an activation is made to require grad, as gradient checkpointing does to the output "
+    "of the embedding: train without it, or with gradient_checkpointing_kwargs={{'use_reentrant': False}} and after "
+    "model.disable_input_require_grads()."
+)
+
+
 @dataclass(frozen=True)
 class Selection:
     """The tensors that are trained until the next selection.
@@ -98,6 +105,7 @@ def _check_reachable(graph: CostGraph, rho: float, fixed: np.ndarray) -> None:
         raise ValueError(
             f"rho={rho} is under the floor of {floor:.4f} on this model and batch, which {what}: the forward pass alone "
             f"costs {graph.forward_flops / graph.full_flops:.4f} of a full fine-tuning step. Choose rho >= {floor:.4f}."
+            + (FORCED.format(graph.forced_flops / graph.full_flops) if graph.forced_flops else "")
         )
 
 

@@ -39,7 +39,7 @@ def plan_wrappers(config: GreenTrainerConfig, model: nn.Module) -> WrapperPlan:
     uses = defaultdict(list)
     for key, module in owners.items():
         for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
-            if tensor.is_floating_point():
+            if _trainable(tensor):
                 uses[id(tensor)].append((key, name, tensor))
     plan: WrapperPlan = defaultdict(lambda: ({}, {}))
     for shared in uses.values():
@@ -61,11 +61,15 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, (GreenTrainerLayer, AuxiliaryTrainingWrapper)):
             inside.append(f"{key}.")
         module = module.base_layer if isinstance(module, GreenTrainerLayer) else module
-        own = list(module.parameters(recurse=False))
         nested = any(True for child in module.children() for _ in child.parameters())
-        if key and not nested and any(p.is_floating_point() for p in own):
+        container = isinstance(module, (nn.ParameterList, nn.ParameterDict))  # never called: whoever holds it is
+        if key and not nested and not container and any(map(_trainable, module.parameters(recurse=False))):
             owners[key] = module
     return owners
+
+
+def _trainable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0
 
 
 def matches(config: GreenTrainerConfig, key: str) -> Any:

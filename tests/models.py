@@ -2,6 +2,7 @@
 
 import torch
 import transformers as tr
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 
@@ -10,9 +11,114 @@ SIZES = {
     "intermediate_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "vocab_size": 96,
 }
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+KV = {"num_key_value_heads": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+TOKENS = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+T5 = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "decoder_start_token_id": 1,
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+VISION = {**SIZES, "image_size": 8, "patch_size": 4}
+
+# For each kind: the class of the model, that of its configuration, and what the configuration says.
+MODELS = {
+    "llama": (tr.LlamaForCausalLM, tr.LlamaConfig, SIZES | KV | TOKENS),
+    "qwen3": (tr.Qwen3ForCausalLM, tr.Qwen3Config, SIZES | KV | TOKENS | {"head_dim": 8}),
+    "gemma3": (
+        tr.Gemma3ForCausalLM,
+        tr.Gemma3TextConfig,
+        SIZES
+        | KV
+        | TOKENS
+        | {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    ),
+    "mistral": (tr.MistralForCausalLM, tr.MistralConfig, SIZES | KV | TOKENS | {"sliding_window": 8}),
+    "phi3": (tr.Phi3ForCausalLM, tr.Phi3Config, SIZES | KV | TOKENS),
+    "gpt-neox": (tr.GPTNeoXForCausalLM, tr.GPTNeoXConfig, SIZES | TOKENS),
+    "falcon": (tr.FalconForCausalLM, tr.FalconConfig, SIZES | TOKENS),
+    "gpt2": (
+        tr.GPT2LMHeadModel,
+        tr.GPT2Config,
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0} | TOKENS,
+    ),
+    "opt": (
+        tr.OPTForCausalLM,
+        tr.OPTConfig,
+        SIZES | TOKENS | {"ffn_dim": 64, "word_embed_proj_dim": 16, "max_position_embeddings": 64, "dropout": 0.0},
+    ),
+    "bloom": (tr.BloomForCausalLM, tr.BloomConfig, {"hidden_size": 32, "n_layer": 3, "n_head": 4} | TOKENS),
+    "mixture": (
+        tr.MixtralForCausalLM,
+        tr.MixtralConfig,
+        SIZES | KV | TOKENS | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen3-moe": (
+        tr.Qwen3MoeForCausalLM,
+        tr.Qwen3MoeConfig,
+        SIZES | KV | TOKENS | EXPERTS | {"head_dim": 8, "moe_intermediate_size": 16},
+    ),
+    "mamba2": (
+        tr.Mamba2ForCausalLM,
+        tr.Mamba2Config,
+        {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2, "num_hidden_layers": 2}
+        | TOKENS
+        | {"chunk_size": 8},
+    ),
+    "jamba": (
+        tr.JambaForCausalLM,
+        tr.JambaConfig,
+        SIZES
+        | KV
+        | TOKENS
+        | {"num_experts": 2, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    ),
+    "bert": (tr.BertForMaskedLM, tr.BertConfig, SIZES | NO_DROPOUT | {"vocab_size": 96}),
+    "modernbert": (tr.ModernBertForMaskedLM, tr.ModernBertConfig, SIZES | TOKENS | {"local_attention": 8}),
+    "deberta": (
+        tr.DebertaV2ForMaskedLM,
+        tr.DebertaV2Config,
+        SIZES | {"vocab_size": 96, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    ),
+    "t5": (tr.T5ForConditionalGeneration, tr.T5Config, T5 | {"vocab_size": 96}),
+    # With dropout there is no fused attention on the CPU.
+    "t5-fused": (tr.T5ForConditionalGeneration, tr.T5Config, T5 | {"vocab_size": 96, "dropout_rate": 0.0}),
+    "bart": (tr.BartForConditionalGeneration, tr.BartConfig, BART | TOKENS | {"max_position_embeddings": 64}),
+    "whisper": (
+        tr.WhisperForConditionalGeneration,
+        tr.WhisperConfig,
+        BART | TOKENS | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64},
+    ),
+    "vit": (tr.ViTForImageClassification, tr.ViTConfig, VISION),
+    "convnext": (
+        tr.ConvNextForImageClassification,
+        tr.ConvNextConfig,
+        {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "patch_size": 2, "image_size": 8},
+    ),
+    "clip": (
+        tr.CLIPModel,
+        tr.CLIPConfig,
+        {
+            "text_config": SIZES | TOKENS | {"max_position_embeddings": 32},
+            "vision_config": VISION,
+            "projection_dim": 16,
+        },
+    ),
+}
+# The same under other names, with what is different.
+VARIANTS = {
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-eager": ("llama", {"attn_implementation": "eager"}),
+    "mixture-fallback": ("mixture", {"experts_implementation": "eager"}),
+}
 
 
 class ConvNet(nn.Module):
@@ -36,104 +142,71 @@ class ConvNet(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def llama(**changes):
-    return tr.LlamaForCausalLM(tr.LlamaConfig(**{**SIZES, **TOKENS, "num_key_value_heads": 2, **changes}))
+class Experts(nn.Module):
+    """Experts as separate modules, side by side in every layer."""
 
-
-def mixture(**changes):
-    return tr.MixtralForCausalLM(
-        tr.MixtralConfig(
-            **{
-                **SIZES,
-                **TOKENS,
-                "num_key_value_heads": 2,
-                "num_local_experts": 4,
-                "num_experts_per_tok": 2,
-                **changes,
-            }
+    def __init__(self, layers=3, experts=4):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm": nn.LayerNorm(16),
+                    "gate": nn.Linear(16, experts),
+                    "experts": nn.ModuleList(
+                        nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(experts)
+                    ),
+                }
+            )
+            for _ in range(layers)
         )
-    )
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, hidden, labels=None):
+        for layer in self.layers:
+            normed = layer["norm"](hidden)
+            weights = layer["gate"](normed).softmax(-1).unbind(-1)
+            hidden = hidden + sum(w[:, None] * expert(normed) for w, expert in zip(weights, layer["experts"]))
+        return {"loss": nn.functional.cross_entropy(self.head(hidden), labels)}
 
 
-MODELS = {
-    "llama": llama,
-    "llama-tied": lambda: llama(tie_word_embeddings=True),
-    "llama-eager": lambda: llama(attn_implementation="eager"),
-    "gpt2": lambda: tr.GPT2LMHeadModel(
-        tr.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=96, n_positions=64, resid_pdrop=0.0, **TOKENS)
-    ),
-    "opt": lambda: tr.OPTForCausalLM(
-        tr.OPTConfig(
-            hidden_size=32,
-            ffn_dim=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            vocab_size=96,
-            word_embed_proj_dim=16,
-            max_position_embeddings=64,
-            dropout=0.0,
-            **TOKENS,
-        )
-    ),
-    "bloom": lambda: tr.BloomForCausalLM(tr.BloomConfig(hidden_size=32, n_layer=3, n_head=4, vocab_size=96, **TOKENS)),
-    "t5": lambda: tr.T5ForConditionalGeneration(
-        tr.T5Config(
-            d_model=32,
-            d_ff=64,
-            d_kv=8,
-            num_layers=2,
-            num_heads=4,
-            vocab_size=96,
-            decoder_start_token_id=0,
-        )
-    ),
-    "t5-fused": lambda: tr.T5ForConditionalGeneration(
-        tr.T5Config(
-            d_model=32,
-            d_ff=64,
-            d_kv=8,
-            num_layers=2,
-            num_heads=4,
-            vocab_size=96,
-            decoder_start_token_id=0,
-            dropout_rate=0.0,  # with dropout there is no fused attention on the CPU
-        )
-    ),
-    "bert": lambda: tr.BertForMaskedLM(
-        tr.BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    ),
-    "mixture": mixture,
-    "mixture-fallback": lambda: mixture(experts_implementation="eager"),
-    "mamba2": lambda: tr.Mamba2ForCausalLM(
-        tr.Mamba2Config(
-            hidden_size=32,
-            num_heads=8,
-            head_dim=8,
-            state_size=16,
-            n_groups=2,
-            num_hidden_layers=2,
-            vocab_size=96,
-            chunk_size=8,
-            **TOKENS,
-        )
-    ),
-    "convnet": ConvNet,
-}
+def lora(**changes):
+    """Llama with LoRA layers, whose factors are candidates beside the whole tensors."""
+    return get_peft_model(
+        make_model("llama", **changes), LoraConfig(r=4, target_modules="all-linear")
+    ).base_model.model
 
 
-def make_model(kind):
+PLAIN = {"convnet": ConvNet, "experts": Experts, "lora": lora}
+
+
+def make_model(kind, **changes):
     torch.manual_seed(0)
-    return MODELS[kind]()
+    if kind in PLAIN:
+        return PLAIN[kind](**changes)
+    kind, variant = VARIANTS.get(kind, (kind, {}))
+    model_cls, config_cls, fields = MODELS[kind]
+    return model_cls(config_cls(**fields | variant | changes))
+
+
+def llama(**changes):
+    return make_model("llama", **changes)
 
 
 def make_batch(kind, rows=4, tokens=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    if kind == "convnet":
-        return {
-            "images": torch.randn(rows, 3, 8, 8, generator=generator),
-            "labels": torch.arange(rows) % 5,
-        }
+    if kind == "experts":
+        return {"hidden": torch.randn(rows, 16, generator=generator), "labels": torch.arange(rows) % 5}
+    if kind in ("convnet", "convnext", "vit", "clip"):
+        images = torch.randn(rows, 3, 8, 8, generator=generator)
+        if kind == "convnet":
+            return {"images": images, "labels": torch.arange(rows) % 5}
+        if kind != "clip":
+            return {"pixel_values": images, "labels": torch.arange(rows) % 2}
     ids = torch.randint(3, 96, (rows, tokens), generator=generator)
+    if kind == "whisper":
+        return {"input_features": torch.randn(rows, 8, 32, generator=generator), "labels": ids}
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
+    if kind == "clip":
+        return {"input_ids": ids, "attention_mask": mask, "pixel_values": images, "return_loss": True}
     return {"input_ids": ids, "attention_mask": mask, "labels": ids}

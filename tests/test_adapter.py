@@ -363,10 +363,9 @@ def test_a_delta_on_another_base_is_refused_by_name(tmp_path):
     model = get_peft_model(make_model("llama"), GreenTrainerConfig())
     train_a_little(model, "llama", ["lm_head.weight"])
     model.save_pretrained(tmp_path)
-    torch.manual_seed(1)
-    from models import llama
-
-    for other in (llama(), llama(vocab_size=100)):
+    retrained = make_model("llama")
+    retrained.lm_head.weight.data *= 1.1
+    for other in (retrained, make_model("llama", vocab_size=100)):
         with pytest.raises(ValueError, match="lm_head.weight.*trained on"):
             PeftModel.from_pretrained(other, tmp_path)
     with pytest.raises(ValueError, match="not a candidate tensor of this model.*trained on"):
@@ -396,3 +395,66 @@ def test_modules_to_save_are_trained_and_saved(tmp_path):
     after = outputs(model, "convnet")
     model.save_pretrained(tmp_path)
     assert torch.equal(outputs(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), "convnet"), after)
+
+
+class Codebook(nn.Module):
+    """Used by another method than forward, and beside containers of parameters and an empty one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def decode(self, hidden):
+        return hidden @ self.weight.T
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.codebook = Codebook()
+        self.inner = nn.Linear(4, 4)
+        self.none = nn.Linear(4, 0)
+        self.scales = nn.ParameterList([torch.ones(4), torch.ones(4)])
+        self.shifts = nn.ParameterDict({"a": torch.zeros(4)})
+
+    def forward(self, x):
+        for scale in self.scales:
+            x = x * scale + self.shifts["a"]
+        return self.codebook.decode(self.inner(x))
+
+
+def test_methods_other_than_forward_use_effective_tensors():
+    base = Decoder()
+    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(rho=1.0))
+    assert candidates(model.get_base_model(), model.peft_config["default"]) == [
+        "codebook.weight",
+        "inner.weight",
+        "inner.bias",
+    ]
+    x = torch.randn(3, 4)
+    assert torch.equal(model(x), base(x))
+    values = model.get_base_model().codebook.greentrainer_values["default"]
+    model(x).sum().backward()
+    assert values["weight"].grad is not None
+    values["weight"].data += 1
+    after = model(x)
+    assert not torch.equal(after, base(x))
+    assert torch.equal(model.merge_and_unload()(x), after)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"]])
+def test_targeted_embeddings_are_not_saved_twice(targets, tmp_path):
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.8, target_modules=targets))
+    train_a_little(model, "llama", ["lm_head.weight"] if "lm_head" in targets else ["model.embed_tokens.weight"])
+    model.save_pretrained(tmp_path)
+    assert all(".greentrainer_values." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    after = outputs(model, "llama")
+    assert torch.equal(outputs(PeftModel.from_pretrained(make_model("llama"), tmp_path), "llama"), after)
+
+
+def test_embeddings_are_shown_as_those_of_the_base():
+    # trl refuses a tuner layer as the head; its fused head reads the effective tensor from the base model.
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig())
+    base = model.get_base_model()
+    assert type(model.get_output_embeddings()) is nn.Linear and type(model.get_input_embeddings()) is nn.Embedding
+    assert base.get_output_embeddings().weight is base.lm_head.greentrainer_values["default"]["weight"]
