@@ -4,7 +4,8 @@
     python examples/benchmark_step.py --dtype bfloat16 --device cuda --batch-size 16 --seq-len 512
 
 All kinds of step run in turn, in one process, and medians are compared: timings of separate runs are not comparable on a
-busy machine. Peaks of memory are those of the allocator over one forward and backward pass, weights not counted.
+busy machine. What is recorded rides on a step of full fine-tuning; `profile` is a pass of its own. Peaks of memory are those
+of the allocator over one forward and backward pass, weights not counted.
 """
 
 import argparse
@@ -14,10 +15,12 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
 import torch
+from memory import keep_freed_memory
 from peft import get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity
@@ -25,6 +28,7 @@ from torch.profiler import profile as torch_profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_greentrainer import CostGraph, GreenTrainerConfig, profile, select
+from peft_greentrainer.recorder import CostRecorder
 
 
 def make_model(args: argparse.Namespace) -> nn.Module:
@@ -56,6 +60,23 @@ class Loop:
 
     def backward(self) -> None:
         self.model(**self.batch).loss.backward()
+
+    def recorded_backward(self) -> None:
+        recorder = CostRecorder()
+        names = dict(self.model.named_parameters())
+        hooks = [p.register_hook(partial(recorder.mark, name)) for name, p in names.items()]
+        with recorder.forward():
+            loss = self.model(**self.batch).loss
+        with recorder:
+            loss.backward()
+        for hook in hooks:
+            hook.remove()
+        CostGraph.of(recorder, names)
+
+    def recorded_step(self) -> None:
+        self.recorded_backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def step(self) -> None:
         self.backward()
@@ -114,12 +135,16 @@ def time_steps(args: argparse.Namespace, base: nn.Module, batch: dict[str, torch
     taken = defaultdict(list)
     for _ in range(args.rounds + 1):
         taken["full"].append(seconds(full.step, args.device))
-        taken["bare"].append(seconds(bare.step, args.device))
-        taken["wrapped"].append(seconds(frozen.step, args.device))
+        taken["full, recorded"].append(seconds(full.recorded_step, args.device))
         wrapped.budgeted_step()
         taken["probe"].append(seconds(wrapped.budgeted_step, args.device))
         taken["profile"].append(seconds(lambda: profile(full.model, batch), args.device))
     assert selected == set(frozen.model.base_model.selection.tensors)
+    pair = [("bare", bare), ("wrapped", frozen)]
+    for _ in range(3 * args.rounds):  # the difference to be seen is small, so more of them, and each first in its turn
+        pair.reverse()
+        for kind, loop in pair:
+            taken[kind].append(seconds(loop.step, args.device))
     return {kind: median(times[1:]) for kind, times in taken.items()}
 
 
@@ -131,6 +156,8 @@ def measure_memory(args: argparse.Namespace, base: nn.Module, batch: dict[str, t
     for hook in hooks:
         hook.remove()
     peaks["full"] = peak_bytes(Loop(full, batch).backward, args.device)
+    full.zero_grad()
+    peaks["full, recorded"] = peak_bytes(Loop(full, batch).recorded_backward, args.device)
     del full
     for rows in (None, 1):
         config = GreenTrainerConfig(rho=args.rho, probe_batch_size=rows)
@@ -160,6 +187,27 @@ def time_selection(tensors: int = 1000, rounds: int = 9) -> float:
     )
 
 
+def time_selection_of_70b(rounds: int = 6) -> tuple[float, float]:
+    """Seconds to profile the configuration of a 70B Llama on the meta device, and milliseconds to select from it."""
+    config = LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+        ids = torch.zeros(4, 512, dtype=torch.long)
+    start = time.perf_counter()
+    graph = profile(model, {"input_ids": ids, "labels": ids})
+    profiling = time.perf_counter() - start
+    importance = dict(zip(graph.tensors, np.random.default_rng(0).lognormal(0, 2, len(graph.tensors)).tolist()))
+    taken = [seconds(lambda: select(graph, importance, rho), "cpu") for rho in np.linspace(0.4, 0.9, rounds)]
+    return profiling, 1e3 * median(taken)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rho", type=float, default=0.5)
@@ -171,6 +219,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    keep_freed_memory()
 
     base = make_model(args)
     ids = torch.randint(0, 49152, (args.batch_size, args.seq_len), device=args.device)
@@ -178,15 +227,20 @@ def main() -> None:
     time_of = time_steps(args, base, batch)
     peaks = measure_memory(args, base, batch)
     selecting = time_selection()
+    profiling_70b, selecting_70b = time_selection_of_70b()
 
     print(f"{'seconds':32} median of {args.rounds}")
     for kind, taken in time_of.items():
         print(f"  {kind:30} {taken:8.3f}   {taken / time_of['full']:5.2f} of full")
     print(f"  {'wrapped / bare':30} {time_of['wrapped'] / time_of['bare']:8.3f}")
+    print(f"  {'recording, on top of full':30} {time_of['full, recorded'] / time_of['full'] - 1:8.3f}   of full")
+    print(f"  {'profile of a 70B Llama, meta':30} {profiling_70b:8.3f}")
+    print(f"  {'select from its 723 tensors':30} {selecting_70b:8.1f} ms")
     print(f"  {'select, chain of 1000 tensors':30} {selecting:8.1f} ms")
     print("peak memory of forward and backward")
     for kind, peak in peaks.items():
         print(f"  {kind:30} {peak / 2**20:8.1f} MiB")
+    print(f"  {'full, recorded / full':30} {peaks['full, recorded'] / peaks['full']:8.3f}")
     print(f"  {'probe / full, none kept':30} {peaks['probe'] / peaks['full, no gradients kept']:8.3f}")
     print(f"  {'probe of 1 row / budgeted':30} {peaks['probe of 1 row'] / peaks['budgeted']:8.3f}")
     print(
@@ -196,6 +250,8 @@ def main() -> None:
                 "torch": torch.__version__,
                 "seconds": time_of,
                 "select_ms": selecting,
+                "profile_70b": profiling_70b,
+                "select_70b_ms": selecting_70b,
                 "bytes": peaks,
             }
         )

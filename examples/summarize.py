@@ -10,6 +10,7 @@ the saved file computes the same logits in a fresh base model and once merged. T
 same job with another budget, other methods, and a model and data of the Hub (which takes the library datasets):
 
     python examples/summarize.py --rho 0.7
+    python examples/summarize.py --rho 0.7 --budget seconds
     python examples/summarize.py --method full
     python examples/summarize.py --method lora
     python examples/summarize.py --model HuggingFaceTB/SmolLM2-360M --dataset EdinburghNLP/xsum --max-length 512
@@ -31,6 +32,7 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 import torch
+from memory import keep_freed_memory
 from peft import LoraConfig, PeftModel, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
@@ -72,6 +74,9 @@ def parse_arguments() -> Namespace:
     add("--columns", nargs=2, metavar="NAME", default=["document", "summary"], help=columns)
     add("--method", choices=LEARNING_RATES, default="greentrainer", help="default: %(default)s")
     add("--rho", type=float, default=0.5, help="share of the FLOPs of full fine-tuning (default: %(default)s)")
+    add(
+        "--budget", choices=["flops", "seconds"], default="flops", help="what rho is a share of (default: %(default)s)"
+    )
     add("--steps", type=int, default=60, help="training steps (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="pairs in a batch (default: %(default)s)")
     add("--lr", type=float, help=f"learning rate, decayed linearly to zero (default: of {LEARNING_RATES})")
@@ -225,7 +230,7 @@ def add_method(base: nn.Module, args: Namespace) -> nn.Module:
     if args.method == "full":
         return base
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    greentrainer = GreenTrainerConfig(rho=args.rho, task_type="CAUSAL_LM")
+    greentrainer = GreenTrainerConfig(rho=args.rho, budget=args.budget, task_type="CAUSAL_LM")
     return get_peft_model(base, lora if args.method == "lora" else greentrainer)
 
 
@@ -315,6 +320,8 @@ def compare_costs(model: nn.Module, model_name: str | Path, batch: dict[str, Ten
         **measure_steps({"full": full, args.method: model}, batch, args.lr),
         "megabytes on disk": megabytes,
     }
+    if args.method == "greentrainer" and args.budget == "seconds":
+        costs["seconds of a step, planned"] = {"share": model.base_model.selection.ratio}
     for values in costs.values():
         if args.method in values:
             values["share"] = values[args.method] / values["full"]
@@ -325,6 +332,7 @@ def main() -> None:
     # peft 0.21 asks transformers 5 under a deprecated name: nothing that a user can change.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     logging.disable_progress_bar()
+    keep_freed_memory()
     args = parse_arguments()
     set_seed(args.seed)
     model_name = args.model or default_model(args.cache)

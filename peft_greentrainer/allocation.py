@@ -133,6 +133,7 @@ class Allocator:
             measure=measure,
             batches=config.importance_batches,
             batch_size=config.probe_batch_size,
+            time_with=optimizer if config.budget == "seconds" else None,
         )
         self._probe.arm()
 
@@ -149,7 +150,9 @@ class Allocator:
             )
             return False
 
-        selection = select(graph, {name: importances[name] for name in graph.tensors}, config.rho, always=trained)
+        selection = select(
+            graph, {name: importances.get(name, 0.0) for name in graph.tensors}, config.rho, always=trained
+        )
         self.graph, self.importances, self.selection = graph, importances, selection
         _apply(self.model, adapter_name, selection.tensors & own, optimizer)
         return True

@@ -25,6 +25,8 @@ class GreenTrainerConfig(PeftConfig):
         rho (`float`):
             The budget: FLOPs of a training step over those of full fine-tuning, both with their forward pass. In
             (0, 1]; 1.0 trains every candidate.
+        budget (`str`):
+            What `rho` is a share of: `"flops"`, or `"seconds"`, for which operations are timed before each selection.
         reselect (`Union[int, str]`):
             When to choose the tensors again: after this many steps, `"epoch"` for every epoch, or `"once"`.
         importance_batches (`int`):
@@ -52,6 +54,15 @@ class GreenTrainerConfig(PeftConfig):
             "help": (
                 "The budget: FLOPs of a training step over those of full fine-tuning, both with their forward pass. In "
                 "(0, 1]; 1.0 trains every candidate."
+            )
+        },
+    )
+    budget: str = field(
+        default="flops",
+        metadata={
+            "help": (
+                "What rho is a share of: 'flops', or 'seconds', for which every operation of a few passes of their own "
+                "is timed before each selection."
             )
         },
     )
@@ -135,6 +146,8 @@ class GreenTrainerConfig(PeftConfig):
             raise ValueError(
                 f"rho must be in (0, 1], the share of a full fine-tuning step that a step may cost; got {self.rho}."
             )
+        if self.budget not in ("flops", "seconds"):
+            raise ValueError(f"budget must be 'flops' or 'seconds'; got {self.budget!r}.")
         if self.reselect not in ("epoch", "once") and not (isinstance(self.reselect, int) and self.reselect > 0):
             raise ValueError(f"reselect must be a positive number of steps, 'epoch' or 'once'; got {self.reselect!r}.")
         if self.importance_batches < 1:

@@ -1,4 +1,4 @@
-"""What does training a set of tensors cost? Exact FLOPs of a training step, for any architecture.
+"""What does training a set of tensors cost? Exact FLOPs of a training step, or measured seconds, for any architecture.
 
     >>> graph = profile(model, batch)                 # one forward and backward pass, recorded
     >>> graph.tensors[:2]                             # in execution order
@@ -15,22 +15,23 @@ experts need no rules of their own (design: the cost graph; the paper, section 3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .recorder import CostRecorder, bits_of
+from .recording import loss_of, record
+from .seconds import timed
 
 
 @dataclass(frozen=True, eq=False)
 class CostGraph:
-    """The FLOPs of one training step, as a function of the set of trained tensors.
+    """The cost of one training step, as a function of the set of trained tensors: in FLOPs, or in measured seconds.
 
         >>> graph.flops([])                           # nothing trained: the forward pass
         120000
@@ -39,35 +40,65 @@ class CostGraph:
 
     Attributes:
         tensors: the names of the candidate tensors, in execution order.
-        forward_flops: FLOPs of the forward pass.
-        full_flops: FLOPs of full fine-tuning, forward included: every parameter that gets a gradient, candidate or not.
-        costs: (C,) int64, FLOPs of each class of backward operations (those needed by the same tensors).
+        forward_cost: of the forward pass, in FLOPs or nanoseconds.
+        full_cost: of full fine-tuning, forward included: every parameter that gets a gradient, candidate or not.
+        costs: (C,) int64, of each class of backward operations (those needed by the same tensors).
         needs: (N, C) bool, which classes the gradient of each tensor needs.
-        forced_flops: FLOPs of the activation gradients that every step computes, whatever is trained, because an
-            activation was made to require grad. They are among the needs of every tensor.
+        unit: "flops" or "seconds"; `ratio`, `floor` and `select` keep to it.
+        forced_cost: of the activation gradients that every step computes, whatever is trained, because an activation was
+            made to require grad. They are among the needs of every tensor.
         condition: (C,) int64, for operations that run in some steps only: the class on which that depends, else -1.
         runs_if: (C,) bool, whether they run if a trained tensor needs that class (True) or if none does (False).
     """
 
     tensors: tuple[str, ...]
-    forward_flops: int
-    full_flops: int
+    forward_cost: int
+    full_cost: int
     costs: np.ndarray = field(repr=False)
     needs: np.ndarray = field(repr=False)
-    forced_flops: int = 0
+    unit: Literal["flops", "seconds"] = "flops"
+    forced_cost: int = 0
     condition: np.ndarray | None = field(default=None, repr=False)
     runs_if: np.ndarray | None = field(default=None, repr=False)
 
     def flops(self, tensors: Iterable[str]) -> int:
         """FLOPs of one training step in which just these tensors are trained, forward included.
 
-        Raises `ValueError` for a name that is not a candidate.
+        Raises `ValueError` for a name that is not a candidate, and on a graph that was measured in seconds.
         """
-        return self.forward_flops + int(self._charged(self.needs[self.rows(tensors)].any(axis=0)) @ self.costs)
+        return self._in("flops", self.cost(tensors))
+
+    def seconds(self, tensors: Iterable[str]) -> float:
+        """Seconds of one training step in which just these tensors are trained, forward and optimizer included.
+
+        Raises `ValueError` for a name that is not a candidate, and on a graph that counts FLOPs.
+        """
+        return self._in("seconds", self.cost(tensors)) / 1e9
 
     def ratio(self, tensors: Iterable[str]) -> float:
-        """`flops(tensors) / full_flops`: the share of full fine-tuning that a step with these tensors costs."""
-        return self.flops(tensors) / self.full_flops
+        """The share of full fine-tuning that a step with these tensors costs."""
+        return self.cost(tensors) / self.full_cost
+
+    def cost(self, tensors: Iterable[str]) -> int:
+        """The cost of such a step in FLOPs or nanoseconds."""
+        return self.forward_cost + int(self._charged(self.needs[self.rows(tensors)].any(axis=0)) @ self.costs)
+
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of the forward pass."""
+        return self._in("flops", self.forward_cost)
+
+    @property
+    def full_flops(self) -> int:
+        """FLOPs of a step of full fine-tuning."""
+        return self._in("flops", self.full_cost)
+
+    def _in(self, unit: str, cost: int) -> int:
+        if self.unit != unit:
+            raise ValueError(
+                f"This graph is in {self.unit}: profile(model, batch, unit={unit!r}) gives one in {unit}."
+            )
+        return cost
 
     @cached_property
     def floor(self) -> float:
@@ -137,17 +168,18 @@ class CostGraph:
         np.add.at(costs, class_of.reshape(-1), np.array(recorder.costs, dtype=np.int64))
         graph = cls(
             tensors=tuple(names),
-            forward_flops=recorder.forward_flops,
-            full_flops=0,
+            forward_cost=recorder.forward_cost,
+            full_cost=0,
             costs=costs,
             needs=needs[:, first],
-            forced_flops=sum(recorder.costs[operation] for operation in bits_of(recorder.forced)),
+            unit=recorder.unit,
+            forced_cost=sum(recorder.costs[operation] for operation in bits_of(recorder.forced)),
             condition=np.where(kinds[1] < 0, -1, np.searchsorted(kinds[0], kinds[1])) if recorder.conditions else None,
             runs_if=runs_if[first] if recorder.conditions else None,
         )
         rows = [i for i, name in enumerate(names) if name in candidates]
         return replace(
-            graph, tensors=tuple(names[i] for i in rows), needs=graph.needs[rows], full_flops=graph.flops(names)
+            graph, tensors=tuple(names[i] for i in rows), needs=graph.needs[rows], full_cost=graph.cost(names)
         )
 
     @cached_property
@@ -161,6 +193,8 @@ def profile(
     *,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     candidates: Iterable[str] | None = None,
+    unit: Literal["flops", "seconds"] = "flops",
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> CostGraph:
     """Record one forward and backward pass of `model` on `batch` and return its cost graph.
 
@@ -173,10 +207,12 @@ def profile(
         batch: keyword arguments of the model as a mapping, positional ones as a tuple, or a single tensor.
         loss_fn: `loss_fn(output, batch)` gives the scalar loss, where the model's output has no `.loss`.
         candidates: names of parameters that may be selected; default: every floating-point parameter. The others
-            still count in `full_flops`.
+            still count in the cost of full fine-tuning.
+        unit: "flops", or "seconds" to time every operation, in a few passes; see `peft_greentrainer.seconds`.
+        optimizer: for seconds, the optimizer whose pass over each trained tensor is added; default: `torch.optim.AdamW`.
 
     Raises:
-        ValueError: if the batch gives no loss.
+        ValueError: if the batch gives no loss, or seconds are asked for on the `meta` device.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
 
@@ -187,62 +223,11 @@ def profile(
             output = model(*batch) if isinstance(batch, tuple) else model(batch)
         return loss_fn(output, batch) if loss_fn is not None else loss_of(output)
 
-    recorder = CostRecorder()
-    record(recorder, model, loss, parameters, recorder.mark)
+    if unit == "seconds":
+        recorder = timed(model, loss, parameters, optimizer)
+    elif unit == "flops":
+        recorder = CostRecorder()
+        record(recorder, model, loss, parameters, recorder.mark)
+    else:
+        raise ValueError(f"unit must be 'flops' or 'seconds'; got {unit!r}.")
     return CostGraph.of(recorder, parameters if candidates is None else candidates)
-
-
-def record(
-    recorder: CostRecorder,
-    model: nn.Module,
-    loss: Callable[[], Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    on_gradient: Callable[[str, Tensor], None],
-) -> None:
-    """Record one pass in which all these parameters get a gradient, and leave the model as it was.
-
-    Gradients are freed as they arrive, after `on_gradient(name, grad)`.
-    """
-    with _left_as_it_was(model), ExitStack() as hooks:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(True)
-            hooks.callback(parameter.register_hook(partial(on_gradient, name)).remove)
-            hooks.callback(parameter.register_post_accumulate_grad_hook(free_gradient).remove)
-        with recorder.forward():
-            scalar = loss()
-        with recorder:
-            scalar.backward()
-
-
-def loss_of(output: Any) -> Tensor:
-    """The `.loss` of a model's output."""
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise ValueError(
-            "The batch gives no loss: the model's output has no `.loss`. Put `labels` into the batch, or pass `loss_fn`."
-        )
-    return loss
-
-
-def free_gradient(parameter: nn.Parameter) -> None:
-    """A post-accumulate hook for parameters that are measured but not trained."""
-    parameter.grad = None
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    gpus = sorted({p.device.index for p, _, _ in parameters if p.device.type == "cuda"})
-    for parameter, _, _ in parameters:
-        parameter.grad = None
-    try:
-        with torch.random.fork_rng(devices=gpus):
-            yield
-    finally:
-        for parameter, requires_grad, grad in parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)

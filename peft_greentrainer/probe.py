@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cost import CostGraph, free_gradient, loss_of, record
+from .cost import CostGraph
 from .recorder import CostRecorder
+from .recording import free_gradient, loss_of, record
+from .seconds import TimedRecorder, timed
 
 
 class Probe:
@@ -36,6 +38,8 @@ class Probe:
         measure: `measure(name, grad)` gives the importance of one gradient, a scalar tensor; it is averaged over passes.
         batches: number of forward and backward passes.
         batch_size: measure on so many rows, in a pass of its own; None: on the whole batch, in the step itself.
+        time_with: for a cost in seconds, the optimizer that takes the steps: operations are timed before the first pass, in
+            a few of their own. None: the cost is in FLOPs.
 
     A forward pass whose graph is dropped without a backward pass (a validation with gradients on, a skipped batch) does
     not count, and the model is as it was before once the graph is gone.
@@ -49,14 +53,17 @@ class Probe:
         measure: Callable[[str, Tensor], Tensor],
         batches: int = 1,
         batch_size: int | None = None,
+        time_with: torch.optim.Optimizer | None = None,
     ) -> None:
         self.model = model
         self.parameters = parameters
         self.measure = measure
         self.batches = batches
         self.batch_size = batch_size
+        self.time_with = time_with
         self.passes = 0
         self.recorder = CostRecorder()
+        self._timed: TimedRecorder | None = None
         self._sums: dict[str, Tensor] = {}
         self._armed = ExitStack()
         self._opened = ExitStack()
@@ -96,12 +103,13 @@ class Probe:
         assert self.complete
         self.disarm()
         importances = {name: total.item() / self.passes for name, total in self._sums.items()}
-        return CostGraph.of(self.recorder, candidates), importances
+        return CostGraph.of(self._timed or self.recorder, candidates), importances
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not self.complete:  # not an evaluation, or a reference model's pass
+        if torch.is_grad_enabled() and not self.complete and not self._in_own_pass:  # not an evaluation, say
+            self._time(module, args, kwargs)
             self._open()
-            self._forward_flops_before = self.recorder.forward_flops
+            self._forward_cost_before = self.recorder.forward_cost
             self._recording.enter_context(self.recorder.forward())
             self._recording.callback(self._watch)
 
@@ -112,16 +120,16 @@ class Probe:
 
     def _watch(self) -> None:
         """Notice when the graph of this forward pass is gone: without a backward pass, it does not count."""
-        flops = self.recorder.forward_flops - self._forward_flops_before
+        cost = self.recorder.forward_cost - self._forward_cost_before
         graph = _Graph()
-        self._graphs[id(graph)] = flops
+        self._graphs[id(graph)] = cost
         weakref.finalize(graph, self._graph_is_gone, id(graph), self.recorder).atexit = False
         for tensor in _tensors(self._output):
             if tensor.requires_grad:
                 tensor.register_hook(graph)
 
     def _graph_is_gone(self, graph: int, recorder: CostRecorder) -> None:
-        recorder.forward_flops -= self._graphs.pop(graph, 0)
+        recorder.forward_cost -= self._graphs.pop(graph, 0)
         if not self._graphs:
             self.close()
 
@@ -162,9 +170,10 @@ class Probe:
     def _pass_of_its_own(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.complete or self._in_own_pass or not torch.is_grad_enabled():
             return
+        args, kwargs = first_rows(args, kwargs, self.batch_size)
+        self._time(module, args, kwargs)
         self._in_own_pass = True
         try:
-            args, kwargs = first_rows(args, kwargs, self.batch_size)
             record(self.recorder, module, lambda: loss_of(module(*args, **kwargs)), self.parameters, self._arrived)
             self.backward_is_done()
         except BaseException:
@@ -172,6 +181,16 @@ class Probe:
             raise
         finally:
             self._in_own_pass = False
+
+    def _time(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.time_with is not None and self._timed is None:
+            self._in_own_pass = True
+            try:
+                self._timed = timed(
+                    module, lambda: _scalar_of(module(*args, **kwargs)), self.parameters, self.time_with
+                )
+            finally:
+                self._in_own_pass = False
 
 
 class _Graph:
@@ -215,6 +234,14 @@ class _OpenProbes(weakref.WeakSet):
 
 
 _open_probes = _OpenProbes()
+
+
+def _scalar_of(output: Any) -> Tensor:
+    """The loss; where the loop computes it outside the model, a scalar that takes about the same time to get."""
+    try:
+        return loss_of(output)
+    except ValueError:
+        return sum(tensor.float().mean() for tensor in _tensors(output) if tensor.requires_grad)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ _numbers = itertools.count()
 
 
 class CostRecorder(TorchDispatchMode):
-    """Records the forward FLOPs and the dataflow of the costed backward operations while it is active.
+    """Records what the forward pass costs and the dataflow of the costed backward operations while it is active.
 
         >>> with CostRecorder() as recorder:
         ...     loss = model(**batch).loss
@@ -39,9 +39,11 @@ class CostRecorder(TorchDispatchMode):
     used as a bit set, as an attribute, whose name is this recorder's own.
     """
 
+    unit: Literal["flops", "seconds"] = "flops"
+
     def __init__(self) -> None:
         super().__init__()
-        self.forward_flops = 0
+        self.forward_cost = 0
         self._attribute = f"_costed_ancestors_{next(_numbers)}"
         self.costs = [0]  # bit 0 of a set of ancestors stands for no operation
         self.needed_by: dict[str, int] = {}
@@ -69,28 +71,26 @@ class CostRecorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func not in self._formula_of:
             self._formula_of[func] = self._find_formula(func, args)
-        formula = self._formula_of[func]
-        if formula is _decompose:
+        if self._formula_of[func] is _decompose:
             with torch._C.DisableTorchFunction(), self:  # or a function mode takes the parts for the whole again
                 return func.decompose(*args, **kwargs)
 
-        out = func(*args, **kwargs)
+        out, cost = self.run(func, args, kwargs)
         if torch._C._current_graph_task_id() == -1:
-            if formula is not None:
-                self.forward_flops += formula(*args, **kwargs, out_val=out)
+            self.forward_cost += cost
             return out
 
         inherited = 0
-        for tensor in _tensors(args):
+        for tensor in tensors_in(args):
             inherited |= self.ancestors(tensor)
         if kwargs:
-            for tensor in _tensors(kwargs.values()):
+            for tensor in tensors_in(kwargs.values()):
                 inherited |= self.ancestors(tensor)
 
         if torch.is_grad_enabled():
             # Gradient checkpointing runs a segment of the forward pass again.
-            if formula is not None:
-                self._recomputed |= self.new_operation(formula(*args, **kwargs, out_val=out))
+            if cost:
+                self._recomputed |= self.new_operation(cost)
             inherited |= self._recomputed
         elif self._recomputed and func is torch.ops.aten.detach.default:
             # Non-reentrant checkpointing saves a tensor again, and stops after the last that is asked for: so whoever
@@ -100,25 +100,31 @@ class CostRecorder(TorchDispatchMode):
         else:
             self._end_segment()
             if func is torch.ops.aten.convolution_backward.default:
-                self._split_convolution_backward(formula, inherited, args, kwargs, out)
+                self._split_convolution_backward(cost, inherited, args, kwargs, out)
                 return out
-            if formula is not None or self._whole_function():
-                inherited |= self._operation(formula(*args, **kwargs, out_val=out) if formula else 0)
+            if cost or self._whole_function():
+                inherited |= self._operation(cost)
 
         if inherited:
             written = args if func._schema.is_mutable else ()
-            for tensor in _tensors((out, *written)):
+            for tensor in tensors_in((out, *written)):
                 self.inherit(tensor, inherited)
         return out
 
-    def _operation(self, flops: int) -> int:
+    def run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int]:
+        """Run an operation, and tell what it costs."""
+        out = func(*args, **kwargs)
+        formula = self._formula_of[func]
+        return out, 0 if formula is None else formula(*args, **kwargs, out_val=out)
+
+    def _operation(self, cost: int) -> int:
         """A new operation, or that of the custom function which is running."""
         function = self._whole_function()
         if function is None:
-            return self.new_operation(flops)
+            return self.new_operation(cost)
         if function is not self._running:
             self._running, self._running_as = function, self.new_operation(0)
-        self.costs[self._running_as.bit_length() - 1] += flops
+        self.costs[self._running_as.bit_length() - 1] += cost
         return self._running_as
 
     def _whole_function(self) -> BackwardCFunction | None:
@@ -132,8 +138,8 @@ class CostRecorder(TorchDispatchMode):
             self._is_whole[cls] = "needs_input_grad" not in backward.__code__.co_names
         return node if self._is_whole[cls] else None
 
-    def new_operation(self, flops: int) -> int:
-        self.costs.append(flops)
+    def new_operation(self, cost: int) -> int:
+        self.costs.append(cost)
         return 1 << (len(self.costs) - 1)
 
     def ancestors(self, tensor: Tensor) -> int:
@@ -172,16 +178,18 @@ class CostRecorder(TorchDispatchMode):
         self._recomputed = 0
         self._stops_early = False
 
-    def _split_convolution_backward(self, formula, inherited: int, args, kwargs, out) -> None:
+    def _split_convolution_backward(self, cost: int, inherited: int, args, kwargs, out) -> None:
         # One operation makes the gradients of input and weight, but runs only for those that are asked for.
         *_, output_mask = args
+        formula = self._formulas[torch.ops.aten.convolution_backward]
+        shares = []
+        for i in range(3):
+            asked = [i == j and output_mask[j] for j in range(3)]
+            shares.append(formula(*args[:-1], asked, **kwargs, out_val=[g if m else None for g, m in zip(out, asked)]))
         for i, grad in enumerate(out):
             if output_mask[i]:
-                only_this = [i == j for j in range(3)]
-                flops = formula(
-                    *args[:-1], only_this, **kwargs, out_val=[g if m else None for g, m in zip(out, only_this)]
-                )
-                self.inherit(grad, inherited | (self.new_operation(flops) if flops else 0))
+                operation = self.new_operation(cost * shares[i] // sum(shares)) if shares[i] else 0
+                self.inherit(grad, inherited | operation)
 
     def _find_formula(self, func, args):
         packet = getattr(func, "_overloadpacket", func)
@@ -203,12 +211,13 @@ def _decompose(*args, **kwargs) -> int:
     raise AssertionError("marks operations that are recorded as their parts")
 
 
-def _tensors(values) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among these values, also in lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def bits_of(operations: int) -> Iterator[int]:

@@ -37,7 +37,7 @@ class Selection:
 
     Attributes:
         tensors: their names.
-        ratio: FLOPs of a training step with them over those of full fine-tuning; at most rho.
+        ratio: cost of a training step with them over that of full fine-tuning, in the unit of the graph; at most rho.
         importance: the sum of their importances.
     """
 
@@ -78,7 +78,7 @@ def select(graph: CostGraph, importance: Mapping[str, float], rho: float, always
     if rho == 1:
         chosen = np.ones_like(fixed)
     else:
-        budget = math.floor(rho * graph.full_flops) - graph.forward_flops
+        budget = math.floor(rho * graph.full_cost) - graph.forward_cost
         _check_reachable(graph, rho, fixed)
         if not (value > 0).any():
             raise ValueError(
@@ -104,8 +104,8 @@ def _check_reachable(graph: CostGraph, rho: float, fixed: np.ndarray) -> None:
     if floor > rho:
         raise ValueError(
             f"rho={rho} is under the floor of {floor:.4f} on this model and batch, which {what}: the forward pass alone "
-            f"costs {graph.forward_flops / graph.full_flops:.4f} of a full fine-tuning step. Choose rho >= {floor:.4f}."
-            + (FORCED.format(graph.forced_flops / graph.full_flops) if graph.forced_flops else "")
+            f"costs {graph.forward_cost / graph.full_cost:.4f} of a full fine-tuning step. Choose rho >= {floor:.4f}."
+            + (FORCED.format(graph.forced_cost / graph.full_cost) if graph.forced_cost else "")
         )
 
 
