@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.set_defaults(run=_plan)
     options = parser.parse_args(arguments)
+    # peft 0.21 asks transformers 5 under a deprecated name: nothing that a user can change.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         options.run(options)
     except (ValueError, OSError) as error:

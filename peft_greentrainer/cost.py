@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .passes import loss_of, record
 from .recorder import CostRecorder, bits_of
-from .recording import loss_of, record
 from .seconds import timed
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from .cost import CostGraph
+from .passes import free_gradient, loss_of, record
 from .recorder import CostRecorder
-from .recording import free_gradient, loss_of, record
 from .seconds import TimedRecorder, timed
 
 

@@ -25,6 +25,8 @@ from .formulas import looks_like_matmul, missing_formulas
 
 
 _numbers = itertools.count()
+# Most of what is costed. Formulas are slow, and the shapes are the same in every layer.
+_PRODUCTS = {id(getattr(torch.ops.aten, name).default) for name in ("mm", "addmm", "bmm", "baddbmm")}
 
 
 class CostRecorder(TorchDispatchMode):
@@ -50,12 +52,13 @@ class CostRecorder(TorchDispatchMode):
         self.forced = 0
         self.conditions: dict[int, tuple[int, bool]] = {}
         self._is_whole: dict[type, bool] = {}
-        self._running: BackwardCFunction | None = None
+        self._running = 0
         self._running_as = 0
         self._recomputed = 0
         self._stops_early = False
         self._formulas = {**flop_registry, **{op: shape_wrapper(f) for op, f in missing_formulas().items()}}
-        self._formula_of: dict[Any, Callable[..., int] | None] = {}
+        self._flops_of: dict[tuple, int] = {}
+        self._formula_of: dict[int, Callable[..., int] | None] = {}
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -69,9 +72,9 @@ class CostRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in self._formula_of:
-            self._formula_of[func] = self._find_formula(func, args)
-        if self._formula_of[func] is _decompose:
+        if id(func) not in self._formula_of:  # hashing an operator is slow
+            self._formula_of[id(func)] = self._find_formula(func, args)
+        if self._formula_of[id(func)] is _decompose:
             with torch._C.DisableTorchFunction(), self:  # or a function mode takes the parts for the whole again
                 return func.decompose(*args, **kwargs)
 
@@ -81,11 +84,8 @@ class CostRecorder(TorchDispatchMode):
             return out
 
         inherited = 0
-        for tensor in tensors_in(args):
+        for tensor in tensors_in((*args, *kwargs.values()) if kwargs else args):
             inherited |= self.ancestors(tensor)
-        if kwargs:
-            for tensor in tensors_in(kwargs.values()):
-                inherited |= self.ancestors(tensor)
 
         if torch.is_grad_enabled():
             # Gradient checkpointing runs a segment of the forward pass again.
@@ -106,37 +106,43 @@ class CostRecorder(TorchDispatchMode):
                 inherited |= self._operation(cost)
 
         if inherited:
-            written = args if func._schema.is_mutable else ()
-            for tensor in tensors_in((out, *written)):
+            for tensor in tensors_in((out, *args) if func._schema.is_mutable else (out,)):
                 self.inherit(tensor, inherited)
         return out
 
     def run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int]:
         """Run an operation, and tell what it costs."""
         out = func(*args, **kwargs)
-        formula = self._formula_of[func]
-        return out, 0 if formula is None else formula(*args, **kwargs, out_val=out)
+        formula = self._formula_of[id(func)]
+        if formula is None:
+            return out, 0
+        if id(func) not in _PRODUCTS:
+            return out, formula(*args, **kwargs, out_val=out)
+        shapes = (id(func), args[-2].shape, args[-1].shape)
+        if shapes not in self._flops_of:
+            self._flops_of[shapes] = formula(*args, **kwargs, out_val=out)
+        return out, self._flops_of[shapes]
 
     def _operation(self, cost: int) -> int:
         """A new operation, or that of the custom function which is running."""
         function = self._whole_function()
-        if function is None:
+        if not function:
             return self.new_operation(cost)
-        if function is not self._running:
+        if function != self._running:
             self._running, self._running_as = function, self.new_operation(0)
         self.costs[self._running_as.bit_length() - 1] += cost
         return self._running_as
 
-    def _whole_function(self) -> BackwardCFunction | None:
-        """The custom autograd function whose backward pass is running, if it makes all gradients whoever asks."""
+    def _whole_function(self) -> int:
+        """The number of the custom autograd function that is running backward and makes all gradients, else 0."""
         node = torch._C._current_autograd_node()
         if not isinstance(node, BackwardCFunction):
-            return None
+            return 0
         cls = node._forward_cls
         if cls not in self._is_whole:
             backward = inspect.unwrap(cls.backward)
             self._is_whole[cls] = "needs_input_grad" not in backward.__code__.co_names
-        return node if self._is_whole[cls] else None
+        return 1 + node._sequence_nr() if self._is_whole[cls] else 0
 
     def new_operation(self, cost: int) -> int:
         self.costs.append(cost)
@@ -211,13 +217,15 @@ def _decompose(*args, **kwargs) -> int:
     raise AssertionError("marks operations that are recorded as their parts")
 
 
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among these values, also in lists and tuples."""
+    found = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
+            found += tensors_in(value)
+    return found
 
 
 def bits_of(operations: int) -> Iterator[int]:

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .passes import record
 from .recorder import CostRecorder
-from .recording import record
 
 
 # So many passes are timed as a whole, and so many operation by operation; one more before them warms up.
@@ -88,9 +88,8 @@ def timed(
             record(recorder, model, loss, parameters, recorder.mark)
             kept.append(recorder)
 
-    if (
-        len({len(r.costs) for r in recorders}) == 1
-    ):  # routing that depends on chance may run other operations each time
+    # Routing that depends on chance may run other operations each time; then the last pass has to do.
+    if len({len(r.costs) for r in recorders}) == 1:
         recorder.costs = np.median([r.costs for r in recorders], axis=0).tolist()
     # What passes between operations, or on an accelerator overlaps: the interpreter, the engine of autograd.
     share = median(w.backward_cost for w in whole) / max(1, sum(recorder.costs))

@@ -116,7 +116,7 @@ def test_an_activation_that_requires_grad_raises_the_floor():
     graph = profile(model, batch)
     assert floor < 0.5 < graph.floor
     assert graph.flops([graph.tensors[-1]]) == counted(model, batch, [graph.tensors[-1]])
-    assert graph.forced_flops == graph.flops(["lm_head.weight"]) - graph.forward_flops - 2 * 4 * 16 * 32 * 96
+    assert graph.forced_cost == graph.flops(["lm_head.weight"]) - graph.forward_flops - 2 * 4 * 16 * 32 * 96
     with pytest.raises(ValueError, match="under the floor.*disable_input_require_grads"):
         select(graph, dict.fromkeys(graph.tensors, 1.0), rho=0.5)
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,19 @@ import peft_greentrainer
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peft_greentrainer"
-PLANNING = ["formulas", "attention", "recorder", "cost", "importance", "selection", "probe"]
+PLANNING = [
+    "formulas",
+    "attention",
+    "forced",
+    "recorder",
+    "passes",
+    "seconds",
+    "cost",
+    "importance",
+    "closures",
+    "selection",
+    "probe",
+]
 ADAPTER = ["config", "layer", "targets", "model", "delta", "registration"]
 
 
@@ -65,4 +78,16 @@ def test_readme_and_ci_agree():
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
     config = peft_greentrainer.GreenTrainerConfig()
     for field, default in re.findall(r"^\| `(\w+)` \| (\S+) \|", readme, re.MULTILINE):
-        assert str(getattr(config, field)) == default.strip("`")
+        assert str(getattr(config, field)) == default.strip('`"')
+
+
+def test_the_plan_in_the_readme_is_what_the_script_prints(monkeypatch, capsys):
+    readme = (ROOT / "README.md").read_text()
+    command, printed = re.search(
+        r"```sh\n(peft-greentrainer plan .*)\n```\n\n```\n(.*?)```", readme, re.DOTALL
+    ).groups()
+    (script,) = entry_points(group="console_scripts", name="peft-greentrainer")
+    monkeypatch.chdir(ROOT)
+    script.load()(command.split()[1:])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in printed.splitlines() if line != "  ..." and line not in lines] == []

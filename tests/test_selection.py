@@ -9,9 +9,29 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from peft_greentrainer import CostGraph, profile, select
+from peft_greentrainer.closures import most_valuable
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "bert", "t5", "t5-fused", "mixture", "mamba2"])
+# Chains, and what is none: biases that all layers share, a parallel residual, cross-attention, a mixer, experts side by
+# side, factors beside whole tensors, two towers.
+KINDS = [
+    "llama",
+    "gpt2",
+    "bert",
+    "t5",
+    "t5-fused",
+    "mixture",
+    "mamba2",
+    "gpt-neox",
+    "bart",
+    "jamba",
+    "experts",
+    "lora",
+    "clip",
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def graph(request):
     return profile(make_model(request.param), make_batch(request.param))
 
@@ -55,11 +75,11 @@ def optimum(graph, importance, rho):
 
 
 @pytest.mark.parametrize("rho", [0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
-def test_within_one_percent_of_the_optimum(graph, rho):
-    for seed in range(2):
+def test_within_half_a_percent_of_the_optimum(graph, rho):
+    for seed in range(3):
         importance = heavy_tailed(graph, seed)
         selection = select(graph, importance, rho)
-        assert selection.importance >= 0.99 * optimum(graph, importance, rho)
+        assert selection.importance >= 0.995 * optimum(graph, importance, rho)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -75,6 +95,27 @@ def test_brute_force_on_chains(seed):
         else:
             # What rounding up the costs may lose: a subset that fits by less than a unit of cost per tensor.
             assert select(graph, importance, rho).importance >= best * (1 - 1e-3)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_brute_force_on_any_order(seed):
+    random = np.random.default_rng(seed)
+    items, operations = 9, 7
+    # Each operation needs some of those before it, and each item needs one or two of them.
+    closure = np.eye(operations, dtype=bool)
+    for i in range(1, operations):
+        for j in np.flatnonzero(random.random(i) < 0.4):
+            closure[i] |= closure[j]
+    shared = np.stack([closure[random.choice(operations, random.integers(1, 3))].any(axis=0) for _ in range(items)])
+    needs = np.concatenate([shared, np.eye(items, dtype=bool)], axis=1)
+    costs, value = random.integers(1, 1000, operations + items), random.lognormal(0, 2, items)
+    for share in (0.3, 0.5, 0.8):
+        budget = int(share * costs.sum())
+        chosen = most_valuable(needs, costs, value, budget)
+        assert costs @ needs[chosen].any(axis=0) <= budget
+        subsets = (list(s) for k in range(items + 1) for s in itertools.combinations(range(items), k))
+        best = max(value[s].sum() for s in subsets if costs @ needs[s].any(axis=0) <= budget)
+        assert value[chosen].sum() == pytest.approx(best)
 
 
 @pytest.mark.parametrize("rho", [0.36, 0.4, 0.5, 0.633, 0.75, 0.9, 0.999])
