@@ -31,6 +31,16 @@ from peft_greentrainer import CostGraph, GreenTrainerConfig, profile, select
 from peft_greentrainer.recorder import CostRecorder
 
 
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
 def make_model(args: argparse.Namespace) -> nn.Module:
     # The shape of SmolLM2-135M; seconds do not depend on the weights.
     config = LlamaConfig(
@@ -189,16 +199,8 @@ def time_selection(tensors: int = 1000, rounds: int = 9) -> float:
 
 def time_selection_of_70b(rounds: int = 6) -> tuple[float, float]:
     """Seconds to profile the configuration of a 70B Llama on the meta device, and milliseconds to select from it."""
-    config = LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_70B))
         ids = torch.zeros(4, 512, dtype=torch.long)
     start = time.perf_counter()
     graph = profile(model, {"input_ids": ids, "labels": ids})

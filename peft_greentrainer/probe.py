@@ -15,7 +15,7 @@ measurement is a pass of its own on the first rows of the batch, before the step
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .cost import CostGraph
 from .passes import free_gradient, loss_of, record
-from .recorder import CostRecorder
+from .recorder import CostRecorder, tensors_in
 from .seconds import TimedRecorder, timed
 
 
@@ -244,14 +244,8 @@ def _scalar_of(output: Any) -> Tensor:
         return sum(tensor.float().mean() for tensor in _tensors(output) if tensor.requires_grad)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from _tensors(tuple(output.values()))
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
+def _tensors(output: Any) -> list[Tensor]:
+    return tensors_in(output.values() if isinstance(output, Mapping) else (output,))
 
 
 def first_rows(args: tuple, kwargs: dict[str, Any], rows: int) -> tuple[tuple, dict[str, Any]]:

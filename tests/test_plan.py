@@ -6,6 +6,7 @@ import resource
 import pytest
 import torch
 import transformers as tr
+from benchmark_step import LLAMA_70B
 from models import MODELS, make_batch, make_model
 
 from peft_greentrainer import GreenTrainerConfig, profile, select
@@ -62,15 +63,7 @@ def test_the_papers_cost_of_full_fine_tuning(name):
 
 
 def test_seventy_billion_weights_fit_a_laptop():
-    config = tr.LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    )
-    model = on_meta(tr.LlamaForCausalLM, config)
+    model = on_meta(tr.LlamaForCausalLM, tr.LlamaConfig(**LLAMA_70B))
     assert sum(p.numel() for p in model.parameters()) > 70e9
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     graph = profile(model, {"input_ids": ids(4, 512), "labels": ids(4, 512)})
