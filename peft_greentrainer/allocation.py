@@ -89,7 +89,8 @@ class Allocator:
         due = self.selection is None or now + ahead - self._last >= interval
         if self._probe is None and due:
             self._arm(optimizer)
-        self._passes_before = self._probe.passes if self._probe is not None else 0
+        if self._probe is not None:
+            self._passes_before = self._probe.passes
 
     def end(self) -> None:
         """Call off a probe that no further step will complete."""
@@ -136,6 +137,7 @@ class Allocator:
             time_with=optimizer if config.budget == "seconds" else None,
         )
         self._probe.arm()
+        self._passes_before = 0
 
     def _select(
         self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, optimizer: torch.optim.Optimizer

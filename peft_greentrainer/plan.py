@@ -28,8 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from .config import GreenTrainerConfig
 from .cost import CostGraph, profile
+from .model import candidates
 from .selection import select
-from .targets import plan_wrappers
 
 
 RHOS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -127,8 +127,8 @@ class Plan:
             ValueError: a pattern that matches nothing; rho outside (0, 1]; a batch that gives no loss.
         """
         config = GreenTrainerConfig(rho=rho, target_modules=include, exclude_modules=exclude)
-        owned = plan_wrappers(_maybe_include_all_linear_layers(config, model), model)
-        graph = profile(model, batch, candidates=[f"{key}.{name}" for key, (own, _) in owned.items() for name in own])
+        config = _maybe_include_all_linear_layers(config, model)
+        graph = profile(model, batch, candidates=candidates(model, config))
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         budgets = {r: _most_weights(graph, sizes, r) for r in sorted({*RHOS, rho})}
 
@@ -260,7 +260,7 @@ def _lora(model: nn.Module, batch: Mapping[str, Tensor], graph: CostGraph) -> tu
         lora_graph = profile(wrapped, batch, candidates=sizes)
     except (ValueError, RuntimeError):  # peft has none for Mamba, and its fused experts do not run on the meta device
         return None, None
-    return lora_graph.flops(lora_graph.tensors) / graph.full_flops, _weights(sizes, sizes)
+    return lora_graph.flops(lora_graph.tensors) / graph.full_flops, sum(sizes.values())
 
 
 def _weights(sizes: Mapping[str, int], names: Iterable[str]) -> int:

@@ -53,6 +53,16 @@ def test_a_step_is_charged_the_operations_that_it_runs(kind, clock):
         assert graph.cost(subset) == pytest.approx(clock.now - before, rel=0.03, abs=3 + 2 * len(subset))
 
 
+def test_no_flops_get_among_the_seconds(clock):
+    # T5 without dropout runs another attention kernel where its bias is frozen: FLOPs that no pass can time.
+    model, batch = make_model("t5-fused"), make_batch("t5-fused")
+    graph = profile(model, batch, unit="seconds")
+    before = clock.now
+    model(**batch).loss.backward()
+    assert graph.condition is None
+    assert graph.full_cost == pytest.approx(clock.now - before, abs=3 + 2 * len(graph.tensors))
+
+
 def test_the_optimizers_pass_is_charged_to_the_tensors_it_updates(clock, monkeypatch):
     monkeypatch.setattr(seconds, "optimizer_seconds", lambda optimizer, like: (1e-3, 1e-6))
     model, batch = make_model("llama"), make_batch("llama")
