@@ -12,14 +12,16 @@ from . import registration
 registration.add_peft_type()
 
 from .callback import GreenTrainerCallback  # noqa: E402
+from .card import describe  # noqa: E402
 from .config import GreenTrainerConfig  # noqa: E402
+from .conversion import convert_to_lora, export_tensors, save_as_lora  # noqa: E402
 from .cost import CostGraph, profile  # noqa: E402
 from .layer import GreenTrainerLayer  # noqa: E402
 from .model import GreenTrainerModel  # noqa: E402
 from .selection import Selection, select  # noqa: E402
 
 
-registration.register(GreenTrainerConfig, GreenTrainerModel)
+registration.register(GreenTrainerConfig, GreenTrainerModel, describe)
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,9 @@ __all__ = [
     "GreenTrainerLayer",
     "GreenTrainerModel",
     "Selection",
+    "convert_to_lora",
+    "export_tensors",
     "profile",
+    "save_as_lora",
     "select",
 ]

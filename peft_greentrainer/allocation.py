@@ -53,6 +53,9 @@ class Allocator:
         self._passes_before = 0
         self._warned: set[str] = set()
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_probe": None}  # copies of the model are not probed
+
     def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""
         self._active_adapter()
@@ -63,6 +66,7 @@ class Allocator:
     def update(self, step: int, optimizer: torch.optim.Optimizer, epoch: int | None = None) -> None:
         """Select if the step that was just taken completed a probe; make the next step a probe if one is due."""
         adapter_name, config = self._active_adapter()
+        cost = self._cost_of_step()
         now = step
         if config.reselect == "epoch":
             if epoch is None:
@@ -91,6 +95,8 @@ class Allocator:
             self._arm(optimizer)
         if self._probe is not None:
             self._passes_before = self._probe.passes
+        spent = config.spent or {"steps": 0, "full_steps": 0.0}
+        config.spent = {"steps": spent["steps"] + 1, "full_steps": spent["full_steps"] + cost}
 
     def end(self) -> None:
         """Call off a probe that no further step will complete."""
@@ -116,6 +122,11 @@ class Allocator:
             self.selection, self.graph, self.importances = None, None, {}
             self._config = config
         return adapter_name, config
+
+    def _cost_of_step(self) -> float:
+        """What the step cost at most, in steps of full fine-tuning; before any selection that much."""
+        share = 1.0 if self.selection is None else self.selection.ratio
+        return share if self._probe is None else self._probe.price(share)
 
     def _arm(self, optimizer: torch.optim.Optimizer) -> None:
         adapter_name, config = self._active_adapter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
@@ -39,13 +40,17 @@ class GreenTrainerConfig(PeftConfig):
             that owns floating-point parameters.
         exclude_modules (`Union[list[str], str]`, *optional*):
             The modules whose tensors may not be trained. They still count in the cost of full fine-tuning.
+        layers_to_transform (`Union[list[int], int]`, *optional*):
+            The layers whose tensors may be trained, by number; with `target_modules` as a list of names.
+        layers_pattern (`Union[list[str], str]`, *optional*):
+            The name of the list of layers that `layers_to_transform` counts in, such as `"layers"` or `"h"`.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained and saved in any case, such as a new head. They count in the budget.
         init_weights (`bool`):
             Whether trained values start at the base tensors. `False` moves them a little, for tests only.
-        format_version, tensors, selected, provisional:
-            Kept by the adapter: which tensors have a trained value, with a fingerprint of the base tensor each, and
-            which are being trained.
+        format_version, tensors, selected, provisional, spent:
+            Kept by the adapter: which tensors have a trained value, with a fingerprint of the base tensor each, which
+            are being trained, and what the training has cost.
     """
 
     rho: float = field(
@@ -108,6 +113,23 @@ class GreenTrainerConfig(PeftConfig):
             )
         },
     )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None,
+        metadata={
+            "help": (
+                "The layers whose tensors may be trained, by number. Only works with target_modules as a list of names."
+            )
+        },
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": (
+                "The name of the list of layers that layers_to_transform counts in, such as 'layers' or 'h'. Only works "
+                "with layers_to_transform."
+            )
+        },
+    )
     modules_to_save: Optional[list[str]] = field(
         default=None,
         metadata={
@@ -138,28 +160,63 @@ class GreenTrainerConfig(PeftConfig):
         default=False,
         metadata={"help": "Whether `selected` was made from sizes alone, before any probe. Kept by the adapter."},
     )
+    spent: Optional[dict[str, float]] = field(
+        default=None,
+        metadata={
+            "help": "How many steps were trained, and how many of full fine-tuning they cost at most. Kept by the adapter."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.GREENTRAINER
-        if not 0 < self.rho <= 1:
+        _check(
+            "rho", self.rho, _is_number(self.rho) and 0 < self.rho <= 1, "in (0, 1]: the share of a full step's cost"
+        )
+        _check("budget", self.budget, self.budget in ("flops", "seconds"), "'flops' or 'seconds'")
+        often = self.reselect in ("epoch", "once") if isinstance(self.reselect, str) else _is_count(self.reselect)
+        _check("reselect", self.reselect, often, "a positive number of steps, 'epoch' or 'once'")
+        _check("importance_batches", self.importance_batches, _is_count(self.importance_batches), "a number from 1")
+        rows = self.probe_batch_size
+        _check("probe_batch_size", rows, rows is None or _is_count(rows), "a number of rows from 1, or None")
+        for name in ("target_modules", "exclude_modules"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str):
+                _check_expression(name, patterns)
+            elif patterns is not None:
+                setattr(self, name, set(patterns))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts: set layers_to_transform too.")
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, set):
             raise ValueError(
-                f"rho must be in (0, 1], the share of a full fine-tuning step that a step may cost; got {self.rho}."
+                "layers_to_transform picks layers among the modules that target_modules names: make target_modules a "
+                "list of names, such as ['q_proj', 'v_proj']; or say both in one regular expression."
             )
-        if self.budget not in ("flops", "seconds"):
-            raise ValueError(f"budget must be 'flops' or 'seconds'; got {self.budget!r}.")
-        if self.reselect not in ("epoch", "once") and not (isinstance(self.reselect, int) and self.reselect > 0):
-            raise ValueError(f"reselect must be a positive number of steps, 'epoch' or 'once'; got {self.reselect!r}.")
-        if self.importance_batches < 1:
-            raise ValueError(f"importance_batches must be at least 1; got {self.importance_batches}.")
-        if self.probe_batch_size is not None and self.probe_batch_size < 1:
-            raise ValueError(f"probe_batch_size must be at least 1 row, or None; got {self.probe_batch_size}.")
+        if self.modules_to_save is not None:
+            # peft adds the heads of a task each time that a config is loaded.
+            self.modules_to_save = list(dict.fromkeys(self.modules_to_save))
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This delta was saved in format {self.format_version}, and this version of peft-greentrainer reads up to "
                 f"{FORMAT_VERSION}: pip install -U peft-greentrainer."
             )
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+
+
+def _check(name: str, value: Any, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} must be {expected}; got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_expression(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name}={expression!r} is no regular expression: {error}.") from None

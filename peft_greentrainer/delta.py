@@ -3,7 +3,7 @@
     >>> tensor_of_key("base_model.model.model.norm.greentrainer_values.weight")
     'model.norm.weight'
     >>> fingerprint(torch.ones(4, 2))
-    {'shape': [4, 2], 'dtype': 'float32', 'samples': [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]}
+    {'shape': [4, 2], 'dtype': 'float32', 'samples': [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 'tied': []}
 
 `adapter_model.safetensors` holds the trained values themselves, in their own type: a value that is loaded is the value
 that was trained, bit for bit, which a difference in float32 could not promise. The rest is in `adapter_config.json`.
@@ -12,6 +12,7 @@ that was trained, bit for bit, which a difference in float32 could not promise. 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ VALUES = ".greentrainer_values."
 SAMPLES = 8
 # A half-precision copy of the same base differs from it by less than this share of a value.
 HALF_PRECISION = 2**-7
+ELSEWHERE = "Load it onto the base model that it was trained on."
 
 
 def tensor_of_key(key: str) -> str:
@@ -30,36 +32,45 @@ def tensor_of_key(key: str) -> str:
     return f"{module}.{tensor}"
 
 
-def fingerprint(tensor: Tensor) -> dict[str, Any]:
-    """Shape, type and a few evenly spaced values of a base tensor, as JSON."""
+def fingerprint(tensor: Tensor, tied: Sequence[str] = ()) -> dict[str, Any]:
+    """Shape, type and a few evenly spaced values of a base tensor, and the other names that it is known by, as JSON.
+
+    On the meta device there are no values.
+    """
     flat = tensor.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
+    samples = [] if flat.is_meta else flat[index.to(flat.device)].double().tolist()
     return {
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "samples": flat[index.to(flat.device)].double().tolist(),
+        "samples": samples,
+        "tied": sorted(tied),
     }
 
 
-def check_fingerprint(name: str, expected: dict[str, Any], tensor: Tensor) -> None:
-    """Raise `ValueError` unless `tensor` is the base tensor that this fingerprint was taken of.
+def check_fingerprint(name: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise `ValueError` unless a base tensor has this fingerprint.
 
-    A half-precision copy of it gives a warning.
+    That of a half-precision copy of it gives a warning.
     """
-    if list(tensor.shape) != expected["shape"]:
+    if found["shape"] != expected["shape"]:
         raise ValueError(
             f"This delta was made for a base whose {name} has the shape {expected['shape']}; this one's is "
-            f"{list(tensor.shape)}. Load it onto the base model that it was trained on."
+            f"{found['shape']}. {ELSEWHERE}"
         )
-    if tensor.device.type == "meta":
+    if found["tied"] != expected["tied"]:
+        tied, now = (" and ".join(print_["tied"]) or "no other tensor" for print_ in (expected, found))
+        raise ValueError(
+            f"This delta was made for a base whose {name} is tied to {tied}, and here to {now}. {ELSEWHERE}"
+        )
+    if not (found["samples"] and expected["samples"]):
         return
-    found = fingerprint(tensor)
     samples, other = (torch.tensor(f["samples"], dtype=torch.float64) for f in (expected, found))
     tolerance = 1e-6 if found["dtype"] == expected["dtype"] else HALF_PRECISION
     if not torch.allclose(samples, other, rtol=tolerance, atol=1e-7, equal_nan=True):
         raise ValueError(
             f"This delta was made for another base: {name} holds {samples[:3].tolist()} ... there and "
-            f"{other[:3].tolist()} ... here. Load it onto the base model that it was trained on."
+            f"{other[:3].tolist()} ... here. {ELSEWHERE}"
         )
     if found["dtype"] != expected["dtype"]:
         warnings.warn(

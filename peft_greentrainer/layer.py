@@ -20,6 +20,7 @@ from typing import Any, Optional
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 class GreenTrainerLayer(nn.Module, BaseTunerLayer):
@@ -62,12 +63,16 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         self._selected[adapter_name] = frozenset()
         self._float32_values[adapter_name] = True
 
-    def add_value(self, adapter_name: str, tensor: str, init_weights: bool = True) -> None:
+    def add_value(
+        self, adapter_name: str, tensor: str, init_weights: bool = True, device: Optional[str] = None
+    ) -> None:
         """Create the value of a tensor, frozen: a copy of the base tensor, in float32 on a half-precision base.
 
-        Weights that are trained in pure bfloat16 do not move at the usual learning rates.
+        Weights that are trained in pure bfloat16 do not move at the usual learning rates. On the device "meta" a value
+        takes no memory until it is loaded.
         """
-        value = self._base_data(tensor).to(self._value_dtype(adapter_name, tensor), copy=True)
+        base = self.base_data(tensor)
+        value = base.to(device or base.device, self._value_dtype(adapter_name, tensor), copy=True)
         if not init_weights:
             value += torch.randn_like(value) * 0.1
         self.greentrainer_values[adapter_name][tensor] = nn.Parameter(value, requires_grad=False)
@@ -126,13 +131,39 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
                     found.setdefault(tensor, []).append(value)
         return found
 
-    def _base_data(self, tensor: str) -> Tensor:
+    def base_data(self, tensor: str) -> Tensor:
+        """The data of the base tensor, also while an adapter is merged into it."""
         return self._unmerged.get(tensor, self.base_tensor(tensor).detach())
 
     def _tensors_of_base(self, tensor: str) -> dict[str, Any]:
         base_layer = self._modules["base_layer"]
         # FSDP1 keeps the views of its flat parameter in __dict__, where they hide what is in _parameters.
         return base_layer.__dict__ if tensor in base_layer.__dict__ else base_layer._parameters
+
+    # Differences
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the module is linear and its weight one that LoRA's factors could be added to."""
+        linear = isinstance(self.base_layer, (nn.Linear, Conv1D))
+        return linear and self.base_layer.weight.is_floating_point()
+
+    def changed_tensors(self, adapter_name: str) -> list[str]:
+        """The tensors of this module that have a value in the adapter, be it that of the tensor they are tied to."""
+        own = self.greentrainer_values[adapter_name] if adapter_name in self.greentrainer_values else {}
+        tied = [t for t, (owner, owned) in self._tied.items() if owned in owner.changed_tensors(adapter_name)]
+        return [*own, *tied]
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str, tensor: str = "weight") -> Tensor:
+        """What the adapter changes: the value minus the base tensor, in the shape of the tensor and the value's type."""
+        owner, owned = self._tied.get(tensor, (self, tensor))
+        base = owner.base_data(owned)
+        values = owner._values([adapter_name]).get(owned, [])
+        return values[0] - base.to(values[0].dtype) if values else torch.zeros_like(base)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return self.is_linear and set(self.changed_tensors(adapter_name)) <= {"weight"}
 
     # Forward
 
@@ -174,7 +205,7 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
             return
         adapter_names = self.merged_adapters + adapter_names
         values = self._values(adapter_names)
-        merged = {t: _combine(self._base_data(t), of_tensor).detach().clone() for t, of_tensor in values.items()}
+        merged = {t: _combine(self.base_data(t), of_tensor).detach().clone() for t, of_tensor in values.items()}
         for tensor, value in merged.items():
             if safe_merge and not torch.isfinite(value).all():
                 raise ValueError(

@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from .config import GreenTrainerConfig
-from .delta import VALUES, check_fingerprint, fingerprint, tensor_of_key
+from .delta import ELSEWHERE, VALUES, check_fingerprint, fingerprint, tensor_of_key
 from .layer import GreenTrainerLayer, wrap
-from .targets import matches, plan_wrappers
+from .targets import TASK_HEADS, WrapperPlan, matches, plan_wrappers
 
 
 class GreenTrainerModel(BaseTuner):
@@ -90,6 +90,7 @@ class GreenTrainerModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: Optional[dict[str, Tensor]] = None,
     ) -> None:
+        self._device_of_values = "meta" if low_cpu_mem_usage else None
         if state_dict is not None:
             config = self.peft_config[adapter_name]
             names = [tensor_of_key(key) for key in state_dict if VALUES in key]
@@ -100,29 +101,29 @@ class GreenTrainerModel(BaseTuner):
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def _prepare_adapter_config(self, peft_config: GreenTrainerConfig, model_config: dict) -> GreenTrainerConfig:
+        heads = TASK_HEADS.get(peft_config.task_type, ())
+        if heads:
+            peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *heads]))
         # peft does this too, but only after `_prepare_model`.
         return _maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config: GreenTrainerConfig, model: nn.Module) -> None:
         self._plan = plan_wrappers(peft_config, model)
         self._holders = _holders(model)
-        owned = {f"{key}.{name}": t for key, (own, _) in self._plan.items() for name, t in own.items()}
+        found = candidate_tensors(self._plan, model)
         if peft_config.tensors is None or peft_config.provisional:
-            sizes = {name: tensor.numel() for name, tensor in owned.items()}
-            selected = _provisional_selection(sizes, peft_config.rho)
-            peft_config.tensors = {name: fingerprint(owned[name]) for name in selected}
-            peft_config.selected = selected
+            sizes = {name: tensor.numel() for name, (tensor, _) in found.items()}
+            peft_config.selected = _provisional_selection(sizes, peft_config.rho)
+            peft_config.tensors = dict.fromkeys(peft_config.selected)
             peft_config.provisional = True
+        names = {other: name for name, (_, tied) in found.items() for other in tied}
         for name, expected in peft_config.tensors.items():
-            if name not in owned:
-                raise ValueError(
-                    f"This delta changes {name}, which is not a candidate tensor of this model. Load it onto the base "
-                    "model that it was trained on."
-                )
-            if expected is None:
-                peft_config.tensors[name] = fingerprint(owned[name])
-            else:
-                check_fingerprint(name, expected, owned[name])
+            if name not in found:
+                reason = f"is tied to {names[name]}" if name in names else "is not a candidate tensor of this model"
+                raise ValueError(f"This delta changes {name}, which {reason}. {ELSEWHERE}")
+            peft_config.tensors[name] = fingerprint(*found[name])
+            if expected is not None:
+                check_fingerprint(name, expected, peft_config.tensors[name])
         if peft_config.selected is None:
             peft_config.selected = list(peft_config.tensors)
 
@@ -163,7 +164,7 @@ class GreenTrainerModel(BaseTuner):
             layer.read_from(name, self.model.get_submodule(owner), owned)
         for name in own:
             if f"{current_key}.{name}" in peft_config.tensors:
-                layer.add_value(adapter_name, name, peft_config.init_weights)
+                layer.add_value(adapter_name, name, peft_config.init_weights, self._device_of_values)
         trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
         selected = {name for name in own if f"{current_key}.{name}" in peft_config.selected}
         layer.set_selected(adapter_name, selected, trainable)
@@ -197,8 +198,9 @@ class GreenTrainerModel(BaseTuner):
         if in_file != set(config.tensors):
             # A checkpoint of a run whose selection has changed since. Every tensor in it is trainable until the
             # callback restores the selection: the optimizer's state is loaded by position.
-            set_values(model, adapter_name, in_file)
-            set_selection(model, adapter_name, in_file)
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            set_values(base, adapter_name, in_file)
+            set_selection(base, adapter_name, in_file)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -215,33 +217,48 @@ def layers(model: nn.Module) -> dict[str, GreenTrainerLayer]:
     }
 
 
+def candidate_tensors(plan: WrapperPlan, model: nn.Module) -> dict[str, tuple[Tensor, list[str]]]:
+    """The base tensors that may be trained, by name, each with the other names that it is tied to."""
+    tied = defaultdict(list)
+    for key, (_, readers) in plan.items():
+        for name, (owner, owned) in readers.items():
+            tied[f"{owner}.{owned}"].append(f"{key}.{name}")
+    found = {}
+    for key, (own, _) in plan.items():
+        module = model.get_submodule(key)
+        for name, tensor in own.items():
+            data = module.base_data(name) if isinstance(module, GreenTrainerLayer) else tensor.data
+            found[f"{key}.{name}"] = data, tied[f"{key}.{name}"]
+    return found
+
+
 def candidates(model: nn.Module, config: GreenTrainerConfig) -> list[str]:
-    """The tensors that the adapter with this config may train."""
-    return [f"{key}.{name}" for key, (own, _) in plan_wrappers(config, model).items() for name in own]
+    """The names of the tensors that the adapter with this config may train."""
+    return list(candidate_tensors(plan_wrappers(config, model), model))
 
 
 def set_values(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
     """Make exactly these tensors have a value: missing ones start at the base tensor, others are dropped."""
     tensors = set(tensors)
     config = model.peft_config[adapter_name]
-    prints = {}
-    for key, layer in layers(model).items():
-        values = layer.greentrainer_values[adapter_name] if adapter_name in layer.greentrainer_values else {}
-        for name in [name for name in values if f"{key}.{name}" not in tensors]:
-            layer.drop_value(adapter_name, name)
-        for name, _ in layer.base_layer.named_parameters(recurse=False):
-            if f"{key}.{name}" in tensors:
-                if name not in values:
-                    layer.add_value(adapter_name, name)
-                prints[f"{key}.{name}"] = (config.tensors or {}).get(f"{key}.{name}") or fingerprint(
-                    layer._base_data(name)
-                )
-    missing = tensors - prints.keys()
-    if missing:
+    found = candidate_tensors(plan_wrappers(config, model), model)
+    if not tensors <= found.keys():
         raise ValueError(
-            f"The adapter '{adapter_name}' has no module for {sorted(missing)[:3]}: was it made for this model?"
+            f"The adapter '{adapter_name}' has no place for {sorted(tensors - found.keys())[:3]}: was it made for this "
+            "model, with these target_modules?"
         )
-    config.tensors = {name: prints[name] for name in prints}
+    for key, layer in layers(model).items():
+        for name in list(layer.greentrainer_values[adapter_name] if adapter_name in layer.greentrainer_values else ()):
+            if f"{key}.{name}" not in tensors:
+                layer.drop_value(adapter_name, name)
+    old, config.tensors = config.tensors or {}, {}
+    for full_name in found:
+        if full_name in tensors:
+            key, _, name = full_name.rpartition(".")
+            layer = model.get_submodule(key)
+            if name not in layer.greentrainer_values[adapter_name]:
+                layer.add_value(adapter_name, name)
+            config.tensors[full_name] = old.get(full_name) or fingerprint(*found[full_name])
 
 
 def set_selection(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:

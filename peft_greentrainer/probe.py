@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .cost import CostGraph
 from .passes import free_gradient, loss_of, record
 from .recorder import CostRecorder, tensors_in
-from .seconds import TimedRecorder, timed
+from .seconds import PASSES, TimedRecorder, timed
 
 
 class Probe:
@@ -77,12 +77,22 @@ class Probe:
     def complete(self) -> bool:
         return self.passes >= self.batches
 
+    def price(self, share: float) -> float:
+        """What a probed step costs, in full steps, where it would cost `share` otherwise; at most, if counted in FLOPs.
+
+        >>> Probe(model, parameters, measure=measure, batch_size=1).price(0.5)   # the step, and a pass on some rows
+        1.5
+        """
+        timing = 0 if self.time_with is None else 1 + 2 * PASSES
+        return timing + (1.0 if self.batch_size is None else 1.0 + share)
+
     def arm(self) -> None:
         """Measure from the next forward pass with gradients on. Until then nothing changes."""
-        before = self._before_forward if self.batch_size is None else self._pass_of_its_own
+        before = _Hook(self._before_forward if self.batch_size is None else self._pass_of_its_own)
         self._armed.callback(self.model.register_forward_pre_hook(before, with_kwargs=True).remove)
         if self.batch_size is None:
-            self._armed.callback(self.model.register_forward_hook(self._after_forward, always_call=True).remove)
+            after = _Hook(self._after_forward)
+            self._armed.callback(self.model.register_forward_hook(after, always_call=True).remove)
 
     def disarm(self) -> None:
         """Leave the model as it was before."""
@@ -191,6 +201,23 @@ class Probe:
                 )
             finally:
                 self._in_own_pass = False
+
+
+class _Hook:
+    """A hook of a module of which copies, and what is unpickled, do nothing: the probe is of this module only."""
+
+    def __init__(self, method: Callable[..., None]) -> None:
+        self.method = method
+
+    def __call__(self, *args: Any) -> None:
+        self.method(*args)
+
+    def __reduce__(self) -> tuple:
+        return _Hook, (_do_nothing,)
+
+
+def _do_nothing(*args: Any) -> None:
+    pass
 
 
 class _Graph:

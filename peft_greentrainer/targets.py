@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import TaskType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -22,6 +24,12 @@ from .config import GreenTrainerConfig
 from .layer import GreenTrainerLayer
 
 
+# The heads that peft puts into `modules_to_save` for a task; for some of them only after the modules were wrapped.
+TASK_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 # For each module: the candidate tensors that it owns, and for those that it reads from another module, which and where.
 WrapperPlan = dict[str, tuple[dict[str, Tensor], dict[str, tuple[str, str]]]]
 
@@ -33,7 +41,7 @@ def plan_wrappers(config: GreenTrainerConfig, model: nn.Module) -> WrapperPlan:
     none is excluded.
     """
     owners = _owners(model)
-    _check_patterns(config, owners)
+    _check_patterns(config, model, owners)
     excluded = copy.copy(config)
     excluded.target_modules = ".*"
     uses = defaultdict(list)
@@ -80,7 +88,7 @@ def matches(config: GreenTrainerConfig, key: str) -> Any:
     return check_target_module_exists(config, key)
 
 
-def _check_patterns(config: GreenTrainerConfig, owners: Iterable[str]) -> None:
+def _check_patterns(config: GreenTrainerConfig, model: nn.Module, owners: Iterable[str]) -> None:
     for field in ("target_modules", "exclude_modules"):
         patterns = getattr(config, field) or []
         for pattern in [patterns] if isinstance(patterns, str) else sorted(patterns):
@@ -93,3 +101,13 @@ def _check_patterns(config: GreenTrainerConfig, owners: Iterable[str]) -> None:
                     f"{field}={pattern!r} matches no module that owns floating-point parameters. Modules of this model: "
                     f"{', '.join(list(owners)[:4])}, ..."
                 )
+    numbers = config.layers_to_transform
+    for number in [numbers] if isinstance(numbers, int) else numbers or []:
+        if not any(matches(dataclasses.replace(config, layers_to_transform=[number]), key) for key in owners):
+            raise ValueError(
+                f"layers_to_transform={number} with layers_pattern={config.layers_pattern!r} and target_modules="
+                f"{sorted(config.target_modules)} matches no module. Modules of this model: {', '.join(list(owners)[:4])}, ..."
+            )
+    for name in set(config.modules_to_save or []).difference(*TASK_HEADS.values()):
+        if not any(key == name or key.endswith(f".{name}") for key, _ in model.named_modules()):
+            raise ValueError(f"modules_to_save={name!r} matches no module of this model.")

@@ -27,7 +27,7 @@ PLANNING = [
     "selection",
     "probe",
 ]
-ADAPTER = ["config", "layer", "targets", "model", "delta", "registration"]
+ADAPTER = ["config", "layer", "targets", "model", "delta", "registration", "card", "conversion"]
 
 
 def imports(module):

@@ -471,8 +471,8 @@ def test_rho_under_the_floor_changes_nothing():
     model = make_peft_model(rho=0.2)
     loop = Loop(model)
     names = {n for n, p in model.named_parameters() if p.requires_grad}
-    config = copy.deepcopy(model.peft_config["default"])
     loop.step()
+    config = copy.deepcopy(model.peft_config["default"])
     with pytest.raises(ValueError, match="rho=0.2 is under the floor"):
         loop.step()
     untouched(model, names)
