@@ -24,6 +24,7 @@ from .model import candidates, layers, set_selection, set_values
 from .param_groups import group_of, keep_in_step
 from .probe import Probe
 from .selection import Selection, select
+from .trainable import can_be_trained
 
 
 def allocator_of(model: nn.Module) -> Allocator:
@@ -185,7 +186,7 @@ def measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Par
             adapter, _, tensor = adapter_and_tensor.rpartition(".")
             if adapter == adapter_name:
                 found[f"{module}.{tensor}"] = parameter
-        elif parameter.is_floating_point():
+        elif can_be_trained(parameter):
             name = name.replace(".base_layer.", ".").replace(f".modules_to_save.{adapter_name}.", ".")
             found.setdefault(name, parameter)
     return found

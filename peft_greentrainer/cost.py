@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .passes import loss_of, record
 from .recorder import CostRecorder, bits_of
 from .seconds import timed
+from .trainable import can_be_trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +215,7 @@ def profile(
     Raises:
         ValueError: if the batch gives no loss, or seconds are asked for on the `meta` device.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    parameters = {name: p for name, p in model.named_parameters() if can_be_trained(p)}
 
     def loss() -> Tensor:
         if isinstance(batch, Mapping):

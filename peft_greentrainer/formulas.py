@@ -62,6 +62,18 @@ def _addmv(self, a, x, *args, out_shape=None, **kwargs) -> int:
     return 2 * prod(a)
 
 
+def _int8_scaled_mm(a, b, *args, out_shape=None, **kwargs) -> int:
+    return 2 * prod(a) * b[0]  # b: (N, K)
+
+
+def _int8_mixed_scaled_mm(a, quantized_a, b, *args, out_shape=None, **kwargs) -> int:
+    return 2 * prod(a) * b[0]
+
+
+def _gemm_4bit(a, packed, shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * prod(a[:-1]) * prod(shape)
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
@@ -81,6 +93,11 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::addmv_": _addmv,
     "aten::dot": _mv,
     "aten::vdot": _mv,
+    "bitsandbytes::int8_linear_matmul": _int8_scaled_mm,
+    "bitsandbytes::int8_scaled_mm": _int8_scaled_mm,
+    "bitsandbytes::int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
+    "bitsandbytes::gemm_4bit": _gemm_4bit,
+    "bitsandbytes::gemv_4bit": _gemm_4bit,
 }
 
 _MATMUL_LIKE = re.compile(

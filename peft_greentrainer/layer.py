@@ -22,6 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .trainable import can_be_trained
+
 
 class GreenTrainerLayer(nn.Module, BaseTunerLayer):
     """
@@ -146,7 +148,7 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
     def is_linear(self) -> bool:
         """Whether the module is linear and its weight one that LoRA's factors could be added to."""
         linear = isinstance(self.base_layer, (nn.Linear, Conv1D))
-        return linear and self.base_layer.weight.is_floating_point()
+        return linear and can_be_trained(self.base_layer.weight)
 
     def changed_tensors(self, adapter_name: str) -> list[str]:
         """The tensors of this module that have a value in the adapter, be it that of the tensor they are tied to."""

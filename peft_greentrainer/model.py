@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from .config import GreenTrainerConfig
 from .delta import ELSEWHERE, VALUES, check_fingerprint, fingerprint, tensor_of_key
 from .layer import GreenTrainerLayer, wrap
 from .targets import TASK_HEADS, WrapperPlan, matches, plan_wrappers
+from .trainable import can_be_trained
 
 
 class GreenTrainerModel(BaseTuner):
@@ -111,6 +113,7 @@ class GreenTrainerModel(BaseTuner):
         self._plan = plan_wrappers(peft_config, model)
         self._holders = _holders(model)
         found = candidate_tensors(self._plan, model)
+        _tell_of_quantized(model, found)
         if peft_config.tensors is None or peft_config.provisional:
             sizes = {name: tensor.numel() for name, (tensor, _) in found.items()}
             peft_config.selected = _provisional_selection(sizes, peft_config.rho)
@@ -297,6 +300,18 @@ def _provisional_selection(sizes: dict[str, int], rho: float) -> list[str]:
             break
         selected.insert(0, name)
     return selected
+
+
+def _tell_of_quantized(model: nn.Module, candidates: Iterable[str]) -> None:
+    parameters = dict(model.named_parameters())
+    quantized = [name for name, parameter in parameters.items() if parameter.numel() and not can_be_trained(parameter)]
+    if quantized:
+        kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in candidates))
+        warnings.warn(
+            f"{len(quantized)} of {len(parameters)} tensors of this model are quantized and cannot be trained; gradients "
+            f"that pass through them cost as much as ever. Left to train: {', '.join(kinds)}.",
+            stacklevel=2,
+        )
 
 
 def _warn_if_never_selected(model: nn.Module, adapter_name: str) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .config import GreenTrainerConfig
 from .layer import GreenTrainerLayer
+from .trainable import can_be_trained
 
 
 # The heads that peft puts into `modules_to_save` for a task; for some of them only after the modules were wrapped.
@@ -47,7 +48,7 @@ def plan_wrappers(config: GreenTrainerConfig, model: nn.Module) -> WrapperPlan:
     uses = defaultdict(list)
     for key, module in owners.items():
         for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
-            if _trainable(tensor):
+            if can_be_trained(tensor):
                 uses[id(tensor)].append((key, name, tensor))
     plan: WrapperPlan = defaultdict(lambda: ({}, {}))
     for shared in uses.values():
@@ -71,13 +72,9 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
         module = module.base_layer if isinstance(module, GreenTrainerLayer) else module
         nested = any(True for child in module.children() for _ in child.parameters())
         container = isinstance(module, (nn.ParameterList, nn.ParameterDict))  # never called: whoever holds it is
-        if key and not nested and not container and any(map(_trainable, module.parameters(recurse=False))):
+        if key and not nested and not container and any(map(can_be_trained, module.parameters(recurse=False))):
             owners[key] = module
     return owners
-
-
-def _trainable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > 0
 
 
 def matches(config: GreenTrainerConfig, key: str) -> Any:

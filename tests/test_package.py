@@ -15,6 +15,7 @@ import peft_greentrainer
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peft_greentrainer"
 PLANNING = [
+    "trainable",
     "formulas",
     "attention",
     "forced",
