@@ -21,7 +21,8 @@ from .model import GreenTrainerModel  # noqa: E402
 from .selection import Selection, select  # noqa: E402
 
 
-registration.register(GreenTrainerConfig, GreenTrainerModel, describe)
+registration.register(GreenTrainerConfig, GreenTrainerModel)
+registration.register_card(describe)
 
 __version__ = "0.1.0"
 

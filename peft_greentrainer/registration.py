@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from peft import PeftModel
 from peft.mapping import (
@@ -29,19 +30,33 @@ def add_peft_type() -> None:
     type.__setattr__(PeftType, member.name, member)
 
 
-def register(config_cls: type, model_cls: type, describe: Callable[[PeftModel, str], None]) -> None:
-    """Register the classes with peft, and what describes their adapters in a model card, in place of an earlier import."""
+def register(config_cls: type, model_cls: type) -> None:
+    """Register the classes with peft, in place of those of an earlier import."""
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         mapping.pop(PeftType.GREENTRAINER, None)
     register_peft_method(name=NAME, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=False)
 
-    # peft has no place for a method's own words in the card, and rewrites the card after each save of a Trainer.
+
+def register_card(describe: Callable[[PeftModel, str], None]) -> None:
+    """Let `describe(model, folder)` complete each model card that peft writes, in place of that of an earlier import.
+
+    peft has no place for a method's own words, and a Trainer rewrites the card after each save.
+    """
     write_card = getattr(PeftModel.create_or_update_model_card, "of_peft", PeftModel.create_or_update_model_card)
+    upload = getattr(PeftModel._upload_modified_files, "of_peft", PeftModel._upload_modified_files)
 
     @functools.wraps(write_card)
     def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
         write_card(self, output_dir)
         describe(self, output_dir)
 
-    create_or_update_model_card.of_peft = write_card
-    PeftModel.create_or_update_model_card = create_or_update_model_card
+    @functools.wraps(upload)
+    def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        # transformers puts the card of an empty model in place of the one that was saved.
+        if any(config.peft_type is PeftType.GREENTRAINER for config in self.peft_config.values()):
+            self.create_or_update_model_card(working_dir)
+        return upload(self, working_dir, *args, **kwargs)
+
+    for patched, of_peft in ((create_or_update_model_card, write_card), (_upload_modified_files, upload)):
+        patched.of_peft = of_peft
+        setattr(PeftModel, patched.__name__, patched)
