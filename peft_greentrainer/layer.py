@@ -65,16 +65,15 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         self._selected[adapter_name] = frozenset()
         self._float32_values[adapter_name] = True
 
-    def add_value(
-        self, adapter_name: str, tensor: str, init_weights: bool = True, device: Optional[str] = None
-    ) -> None:
+    def add_value(self, adapter_name: str, tensor: str, init_weights: bool = True) -> None:
         """Create the value of a tensor, frozen: a copy of the base tensor, in float32 on a half-precision base.
 
-        Weights that are trained in pure bfloat16 do not move at the usual learning rates. On the device "meta" a value
-        takes no memory until it is loaded.
+        Weights that are trained in pure bfloat16 do not move at the usual learning rates.
         """
         base = self.base_data(tensor)
-        value = base.to(device or base.device, self._value_dtype(adapter_name, tensor), copy=True)
+        # With low_cpu_mem_usage new parameters go to the meta device as they are registered: then copy nothing before.
+        registered = nn.ParameterList([torch.empty(0, device=base.device)])[0]
+        value = base.to(registered.device, self._value_dtype(adapter_name, tensor), copy=True)
         if not init_weights:
             value += torch.randn_like(value) * 0.1
         self.greentrainer_values[adapter_name][tensor] = nn.Parameter(value, requires_grad=False)

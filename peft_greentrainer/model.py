@@ -92,7 +92,6 @@ class GreenTrainerModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: Optional[dict[str, Tensor]] = None,
     ) -> None:
-        self._device_of_values = "meta" if low_cpu_mem_usage else None
         if state_dict is not None:
             config = self.peft_config[adapter_name]
             names = [tensor_of_key(key) for key in state_dict if VALUES in key]
@@ -113,6 +112,7 @@ class GreenTrainerModel(BaseTuner):
         self._plan = plan_wrappers(peft_config, model)
         self._holders = _holders(model)
         found = candidate_tensors(self._plan, model)
+        _refuse_offloaded(model, self._plan)
         _tell_of_quantized(model, found)
         if peft_config.tensors is None or peft_config.provisional:
             sizes = {name: tensor.numel() for name, (tensor, _) in found.items()}
@@ -167,7 +167,7 @@ class GreenTrainerModel(BaseTuner):
             layer.read_from(name, self.model.get_submodule(owner), owned)
         for name in own:
             if f"{current_key}.{name}" in peft_config.tensors:
-                layer.add_value(adapter_name, name, peft_config.init_weights, self._device_of_values)
+                layer.add_value(adapter_name, name, peft_config.init_weights)
         trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
         selected = {name for name in own if f"{current_key}.{name}" in peft_config.selected}
         layer.set_selected(adapter_name, selected, trainable)
@@ -300,6 +300,15 @@ def _provisional_selection(sizes: dict[str, int], rho: float) -> list[str]:
             break
         selected.insert(0, name)
     return selected
+
+
+def _refuse_offloaded(model: nn.Module, keys: Iterable[str]) -> None:
+    for key in keys:
+        if getattr(getattr(model.get_submodule(key), "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"The weights of {key} are offloaded by accelerate, which puts them in place for each forward pass and so "
+                "over the trained ones. Load the base model without 'cpu' or 'disk' in its device_map."
+            )
 
 
 def _tell_of_quantized(model: nn.Module, candidates: Iterable[str]) -> None:

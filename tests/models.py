@@ -73,6 +73,26 @@ MODELS = {
         | TOKENS
         | {"chunk_size": 8},
     ),
+    "mamba": (
+        tr.MambaForCausalLM,
+        tr.MambaConfig,
+        {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4} | TOKENS,
+    ),
+    "qwen3-next": (
+        tr.Qwen3NextForCausalLM,
+        tr.Qwen3NextConfig,
+        SIZES
+        | KV
+        | TOKENS
+        | EXPERTS
+        | {"num_hidden_layers": 4, "head_dim": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+        | {
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
     "jamba": (
         tr.JambaForCausalLM,
         tr.JambaConfig,

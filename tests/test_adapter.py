@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from torch import nn
 import peft_greentrainer
 from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer, profile
 from peft_greentrainer.formulas import flop_counter
-from peft_greentrainer.model import candidates, set_selection, set_values
+from peft_greentrainer.model import candidates, layers, set_selection, set_values
 
 
-KINDS = ["llama", "llama-tied", "gpt2", "opt", "bloom", "t5", "bert", "mixture", "mamba2", "convnet"]
+KINDS = ["llama", "llama-tied", "gpt2", "opt", "bloom", "t5", "bert", "mixture", "mamba", "mamba2", "qwen3-next", "convnet"]
 
 
 def outputs(model, kind):
@@ -40,7 +41,7 @@ def owners(model):
     return sorted(seen.values())
 
 
-def train_a_little(model, kind, tensors=None, steps=2):
+def train_a_little(model, kind, tensors=None, steps=2, make_optimizer=partial(torch.optim.AdamW, lr=1e-2)):
     """Train these tensors (default: every second candidate) for a few steps, with a selection made by hand."""
     base = model.get_base_model()
     if tensors is None:
@@ -48,7 +49,7 @@ def train_a_little(model, kind, tensors=None, steps=2):
     set_values(base, "default", tensors)
     set_selection(base, "default", tensors)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     for step in range(steps):
         output = model(**make_batch(kind, seed=step))
         (output["loss"] if isinstance(output, dict) else output.loss).backward()
@@ -84,6 +85,21 @@ def test_an_untrained_adapter_changes_nothing(kind):
     assert torch.equal(outputs(model, kind), outputs(base, kind))
     trainable, total = model.get_nb_trainable_parameters()
     assert 0 < trainable < total
+
+
+def test_every_gradient_is_that_of_full_fine_tuning(kind):
+    # Whatever way a model reads its tensors: as a child's weight (Mamba, Qwen3-Next), from a tied module, by a method.
+    base = make_model(kind)
+    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(rho=1.0))
+    for each in (base, model):
+        output = each.eval()(**make_batch(kind))
+        (output["loss"] if isinstance(output, dict) else output.loss).backward()
+    expected = {name: p.grad for name, p in base.named_parameters(remove_duplicate=False)}
+    found = layers(model)
+    tensors = candidates(model.get_base_model(), model.peft_config["default"])
+    for name in tensors:
+        key, _, tensor = name.rpartition(".")
+        assert torch.equal(found[key].greentrainer_values["default"][tensor].grad, expected[name]), name
 
 
 def test_save_load_and_merge_are_bit_identical(kind, trained, tmp_path):
