@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import GreenTrainerConfig
 from .cost import CostGraph
-from .delta import VALUES
+from .delta import VALUES, base_name
 from .importance import importance, update_rule
 from .model import candidates, layers, set_selection, set_values
 from .param_groups import group_of, keep_in_step
@@ -181,13 +181,13 @@ def measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Par
     """Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors."""
     found = {}
     for name, parameter in model.named_parameters():
-        module, values, adapter_and_tensor = name.partition(VALUES)
+        module, values, adapter_and_tensor = base_name(name).partition(VALUES)
         if values:
             adapter, _, tensor = adapter_and_tensor.rpartition(".")
             if adapter == adapter_name:
                 found[f"{module}.{tensor}"] = parameter
         elif can_be_trained(parameter):
-            name = name.replace(".base_layer.", ".").replace(f".modules_to_save.{adapter_name}.", ".")
+            name = base_name(name).replace(".base_layer.", ".").replace(f".modules_to_save.{adapter_name}.", ".")
             found.setdefault(name, parameter)
     return found
 

@@ -41,7 +41,7 @@ class GreenTrainerConfig(PeftConfig):
         exclude_modules (`Union[list[str], str]`, *optional*):
             The modules whose tensors may not be trained. They still count in the cost of full fine-tuning.
         layers_to_transform (`Union[list[int], int]`, *optional*):
-            The layers whose tensors may be trained, by number; with `target_modules` as a list of names.
+            The layers whose tensors may be trained, by number; not where `target_modules` is a regular expression.
         layers_pattern (`Union[list[str], str]`, *optional*):
             The name of the list of layers that `layers_to_transform` counts in, such as `"layers"` or `"h"`.
         modules_to_save (`list[str]`, *optional*):
@@ -117,7 +117,7 @@ class GreenTrainerConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "The layers whose tensors may be trained, by number. Only works with target_modules as a list of names."
+                "The layers whose tensors may be trained, by number. Not where target_modules is a regular expression."
             )
         },
     )
@@ -167,6 +167,13 @@ class GreenTrainerConfig(PeftConfig):
         },
     )
 
+    def take_for_a_model(self) -> None:
+        """Forget what belongs to the model that this config was used for before, if it was."""
+        if hasattr(self, "_taken"):
+            self.tensors = self.selected = self.spent = None
+            self.provisional = False
+        self._taken = True
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.GREENTRAINER
@@ -187,11 +194,12 @@ class GreenTrainerConfig(PeftConfig):
                 setattr(self, name, set(patterns))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: set layers_to_transform too.")
-        if self.layers_to_transform is not None and not isinstance(self.target_modules, set):
-            raise ValueError(
-                "layers_to_transform picks layers among the modules that target_modules names: make target_modules a "
-                "list of names, such as ['q_proj', 'v_proj']; or say both in one regular expression."
-            )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            if self.target_modules != "all-linear":
+                raise ValueError(
+                    "layers_to_transform picks layers among the modules that target_modules names, and cannot do so with "
+                    "a regular expression: name the layers in the expression, or make target_modules a list of names."
+                )
         if self.modules_to_save is not None:
             # peft adds the heads of a task each time that a config is loaded.
             self.modules_to_save = list(dict.fromkeys(self.modules_to_save))

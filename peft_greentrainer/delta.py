@@ -26,9 +26,19 @@ HALF_PRECISION = 2**-7
 ELSEWHERE = "Load it onto the base model that it was trained on."
 
 
+def without_wrappers(name: str) -> str:
+    """A name without what torch.compile and FSDP1 put into it."""
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+
+
+def base_name(name: str) -> str:
+    """The name in the base model of a module or a tensor of it, by its name in a model that is wrapped or compiled."""
+    return without_wrappers(name).removeprefix("base_model.model.")
+
+
 def tensor_of_key(key: str) -> str:
     """The base-model name of the tensor that an entry of the file holds the value of."""
-    module, _, tensor = key.removeprefix("base_model.model.").partition(VALUES)
+    module, _, tensor = base_name(key).partition(VALUES)
     return f"{module}.{tensor}"
 
 
@@ -67,10 +77,12 @@ def check_fingerprint(name: str, expected: dict[str, Any], found: dict[str, Any]
         return
     samples, other = (torch.tensor(f["samples"], dtype=torch.float64) for f in (expected, found))
     tolerance = 1e-6 if found["dtype"] == expected["dtype"] else HALF_PRECISION
-    if not torch.allclose(samples, other, rtol=tolerance, atol=1e-7, equal_nan=True):
+    alike = torch.isclose(samples, other, rtol=tolerance, atol=1e-7, equal_nan=True)
+    # The rows that a resized vocabulary adds are drawn anew each time; they are the last ones.
+    if alike.sum() <= SAMPLES // 2:
         raise ValueError(
-            f"This delta was made for another base: {name} holds {samples[:3].tolist()} ... there and "
-            f"{other[:3].tolist()} ... here. {ELSEWHERE}"
+            f"This delta was made for another base: {name} holds {samples[~alike][:3].tolist()} there and "
+            f"{other[~alike][:3].tolist()} here. {ELSEWHERE}"
         )
     if found["dtype"] != expected["dtype"]:
         warnings.warn(

@@ -201,21 +201,26 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
             safe_merge (`bool`): Refuse values that are not finite, before anything is written.
             adapter_names (`list[str]`, *optional*): The adapters to merge; default: the active ones.
         """
-        adapter_names = check_adapters_to_merge(self, adapter_names)
+        adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.greentrainer_values]
         if not adapter_names:
             return
-        adapter_names = self.merged_adapters + adapter_names
-        values = self._values(adapter_names)
-        merged = {t: _combine(self.base_data(t), of_tensor).detach().clone() for t, of_tensor in values.items()}
-        for tensor, value in merged.items():
-            if safe_merge and not torch.isfinite(value).all():
-                raise ValueError(
-                    f"NaNs or infinities in the merged {tensor}. The adapter {adapter_names[-1]} seems to be broken."
-                )
-        for tensor, value in merged.items():
+        if safe_merge:
+            self.refuse_broken(adapter_names)
+        self.merged_adapters = self.merged_adapters + adapter_names
+        for tensor, values in self._values(self.merged_adapters).items():
+            merged = _combine(self.base_data(tensor), values).detach().clone()
             self._unmerged.setdefault(tensor, self.base_tensor(tensor).data)
-            self.base_tensor(tensor).data = value
-        self.merged_adapters = adapter_names
+            self.base_tensor(tensor).data = merged
+
+    def refuse_broken(self, adapter_names: Optional[list[str]]) -> None:
+        """Raise `ValueError` if an adapter (default: an active one) has a value that is not finite."""
+        for adapter in self.active_adapters if adapter_names is None else adapter_names:
+            for tensor, values in self._values([adapter]).items():
+                if not torch.isfinite(values[0]).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: its {tensor} is "
+                        "not finite."
+                    )
 
     def unmerge(self) -> None:
         """Put the base tensors back, bit for bit."""
@@ -269,7 +274,8 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
 
     def _attribute(self, name: str) -> Any:
         value = getattr(self.base_layer, name)
-        if isinstance(value, nn.Parameter):
+        # In a forward pass FSDP1 has plain tensors where the parameters were.
+        if isinstance(value, Tensor) and name not in self.base_layer._buffers:
             return self.effective_tensor(name)
         if isinstance(value, MethodType) and value.__self__ is self.base_layer:
             return partial(self._run, value)
@@ -282,14 +288,46 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         return "greentrainer." + super().__repr__()
 
 
+class GreenTrainerLinear(GreenTrainerLayer):
+    """The wrapper of a linear module: by the name of this class peft finds it for the "all-linear" of a second adapter."""
+
+
 class GreenTrainerLayerNorm(GreenTrainerLayer, nn.LayerNorm):
     """The wrapper of an `nn.LayerNorm` is one too: transformers takes norms out of weight decay by their class."""
 
 
 def wrap(module: nn.Module, adapter_name: str) -> GreenTrainerLayer:
     """The wrapper for this module."""
-    cls = GreenTrainerLayerNorm if isinstance(module, nn.LayerNorm) else GreenTrainerLayer
-    return cls(module, adapter_name)
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return GreenTrainerLinear(module, adapter_name)
+    if isinstance(module, nn.LayerNorm):
+        return GreenTrainerLayerNorm(module, adapter_name)
+    return GreenTrainerLayer(module, adapter_name)
+
+
+class EmbeddingView(nn.Module):
+    """A wrapper of an embedding or a head as others see it: its effective tensors, its hooks, and no tuner layer.
+
+    trl refuses a tuner layer as the head, whose weight it reads. And peft saves the base tensors of an embedding that is
+    a tuner layer, here only where no value takes their place.
+    """
+
+    def __init__(self, layer: GreenTrainerLayer) -> None:
+        super().__init__()
+        hooks = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+        self.__dict__ |= {f"register_{kind}": getattr(layer, f"register_{kind}") for kind in hooks}
+        self.__dict__["layer"] = layer  # a part of the model, not of this
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        layer = self.__dict__["layer"]
+        if name == "base_layer" and any(
+            "weight" in layer.changed_tensors(adapter) for adapter in layer.active_adapters
+        ):
+            raise AttributeError(name)
+        return getattr(layer, name)
 
 
 def _combine(base: Tensor, values: list[Tensor]) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -14,8 +17,8 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from .config import GreenTrainerConfig
-from .delta import ELSEWHERE, VALUES, check_fingerprint, fingerprint, tensor_of_key
-from .layer import GreenTrainerLayer, wrap
+from .delta import ELSEWHERE, VALUES, base_name, check_fingerprint, fingerprint, tensor_of_key, without_wrappers
+from .layer import EmbeddingView, GreenTrainerLayer, wrap
 from .targets import TASK_HEADS, WrapperPlan, matches, plan_wrappers
 from .trainable import can_be_trained
 
@@ -74,13 +77,10 @@ class GreenTrainerModel(BaseTuner):
 
         return allocator_of(self.model).selection
 
-    # trl refuses a tuner layer as the head, and peft saves the base tensors of embeddings that are tuner layers.
-
-    def get_input_embeddings(self) -> nn.Module:
-        return _unwrapped(self.model.get_input_embeddings())
-
-    def get_output_embeddings(self) -> Optional[nn.Module]:
-        return _unwrapped(self.model.get_output_embeddings())
+    def __getattr__(self, name: str) -> Any:
+        """Forward missing attributes to the model; the embeddings that it gives are no tuner layers."""
+        value = super().__getattr__(name)
+        return partial(_viewed, value) if name in ("get_input_embeddings", "get_output_embeddings") else value
 
     # What peft's injection asks for
 
@@ -92,8 +92,11 @@ class GreenTrainerModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: Optional[dict[str, Tensor]] = None,
     ) -> None:
+        config = self.peft_config[adapter_name]
+        if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
+            self.peft_config[adapter_name] = config = copy.copy(config)
+        config.take_for_a_model()
         if state_dict is not None:
-            config = self.peft_config[adapter_name]
             names = [tensor_of_key(key) for key in state_dict if VALUES in key]
             config.tensors = {name: (config.tensors or {}).get(name) for name in names}
             config.provisional = False
@@ -114,7 +117,7 @@ class GreenTrainerModel(BaseTuner):
         found = candidate_tensors(self._plan, model)
         _refuse_offloaded(model, self._plan)
         _tell_of_quantized(model, found)
-        if peft_config.tensors is None or peft_config.provisional:
+        if peft_config.tensors is None:
             sizes = {name: tensor.numel() for name, (tensor, _) in found.items()}
             peft_config.selected = _provisional_selection(sizes, peft_config.rho)
             peft_config.tensors = dict.fromkeys(peft_config.selected)
@@ -138,10 +141,11 @@ class GreenTrainerModel(BaseTuner):
         return False if matched else matched
 
     # peft warns of tied embeddings, and where they are merged; here a tied tensor has one owner, and the others read
-    # through it.
+    # through it. `modules_to_save` does untie one.
 
-    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        pass
+    def _check_tied_modules(self, model: nn.Module, peft_config: GreenTrainerConfig) -> None:
+        if peft_config.modules_to_save:
+            super()._check_tied_modules(model, dataclasses.replace(peft_config, target_modules=None))
 
     def _check_merge_allowed(self) -> None:
         pass
@@ -166,10 +170,10 @@ class GreenTrainerModel(BaseTuner):
         for name, (owner, owned) in tied.items():
             layer.read_from(name, self.model.get_submodule(owner), owned)
         for name in own:
-            if f"{current_key}.{name}" in peft_config.tensors:
+            if base_name(f"{current_key}.{name}") in peft_config.tensors:
                 layer.add_value(adapter_name, name, peft_config.init_weights)
         trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
-        selected = {name for name in own if f"{current_key}.{name}" in peft_config.selected}
+        selected = {name for name in own if base_name(f"{current_key}.{name}") in peft_config.selected}
         layer.set_selected(adapter_name, selected, trainable)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -177,11 +181,29 @@ class GreenTrainerModel(BaseTuner):
             setattr(holder, name, new_module)
         self._holders[id(new_module)] = self._holders[id(child)]
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
+        """Merge, as peft does; with `safe_merge`, look at every layer before the first is written."""
+        if safe_merge:
+            self._refuse_broken(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._refuse_broken(adapter_names)
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
             _warn_if_never_selected(self.model, adapter_name)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _refuse_broken(self, adapter_names: Optional[list[str]]) -> None:
+        for layer in layers(self.model).values():
+            layer.refuse_broken(adapter_names)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in layers(self.model).values():
@@ -189,6 +211,10 @@ class GreenTrainerModel(BaseTuner):
                 layer.set_value_dtype(adapter_name, float32=autocast_adapter_dtype)
 
     # What peft's saving and loading ask for
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_wrappers(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -207,17 +233,14 @@ class GreenTrainerModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _unwrapped(module: Optional[nn.Module]) -> Optional[nn.Module]:
-    return module.base_layer if isinstance(module, GreenTrainerLayer) else module
+def _viewed(get_embeddings: Callable[[], Optional[nn.Module]]) -> Optional[nn.Module]:
+    embeddings = get_embeddings()
+    return EmbeddingView(embeddings) if isinstance(embeddings, GreenTrainerLayer) else embeddings
 
 
 def layers(model: nn.Module) -> dict[str, GreenTrainerLayer]:
     """The wrappers in a model, by the name of the module in the base model."""
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, GreenTrainerLayer)
-    }
+    return {base_name(name): module for name, module in model.named_modules() if isinstance(module, GreenTrainerLayer)}
 
 
 def candidate_tensors(plan: WrapperPlan, model: nn.Module) -> dict[str, tuple[Tensor, list[str]]]:
@@ -225,13 +248,13 @@ def candidate_tensors(plan: WrapperPlan, model: nn.Module) -> dict[str, tuple[Te
     tied = defaultdict(list)
     for key, (_, readers) in plan.items():
         for name, (owner, owned) in readers.items():
-            tied[f"{owner}.{owned}"].append(f"{key}.{name}")
+            tied[base_name(f"{owner}.{owned}")].append(base_name(f"{key}.{name}"))
     found = {}
     for key, (own, _) in plan.items():
         module = model.get_submodule(key)
         for name, tensor in own.items():
             data = module.base_data(name) if isinstance(module, GreenTrainerLayer) else tensor.data
-            found[f"{key}.{name}"] = data, tied[f"{key}.{name}"]
+            found[base_name(f"{key}.{name}")] = data, tied[base_name(f"{key}.{name}")]
     return found
 
 
@@ -250,7 +273,8 @@ def set_values(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> N
             f"The adapter '{adapter_name}' has no place for {sorted(tensors - found.keys())[:3]}: was it made for this "
             "model, with these target_modules?"
         )
-    for key, layer in layers(model).items():
+    wrappers = layers(model)
+    for key, layer in wrappers.items():
         for name in list(layer.greentrainer_values[adapter_name] if adapter_name in layer.greentrainer_values else ()):
             if f"{key}.{name}" not in tensors:
                 layer.drop_value(adapter_name, name)
@@ -258,7 +282,7 @@ def set_values(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> N
     for full_name in found:
         if full_name in tensors:
             key, _, name = full_name.rpartition(".")
-            layer = model.get_submodule(key)
+            layer = wrappers[key]
             if name not in layer.greentrainer_values[adapter_name]:
                 layer.add_value(adapter_name, name)
             config.tensors[full_name] = old.get(full_name) or fingerprint(*found[full_name])
@@ -328,7 +352,7 @@ def _warn_if_never_selected(model: nn.Module, adapter_name: str) -> None:
     if not (config.provisional and config.init_weights):
         return
     moved = any(
-        not torch.equal(value, layer.base_tensor(name).to(value.dtype))
+        not value.is_meta and not torch.equal(value, layer.base_tensor(name).to(value.dtype))
         for layer in layers(model).values()
         if adapter_name in layer.greentrainer_values and not layer.merged
         for name, value in layer.greentrainer_values[adapter_name].items()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from .delta import base_name
 from .layer import GreenTrainerLayer
 
 
@@ -31,7 +32,7 @@ def group_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, di
             for name, base in module.base_layer.named_parameters(recurse=False):
                 values = [v[name] for v in module.greentrainer_values.values() if name in v]
                 groups = [index_of_group[id(p)] for p in values if id(p) in index_of_group]
-                names.append(f"{key}.{name}")
+                names.append(base_name(f"{key}.{name}"))
                 decays.append(f"{key}.base_layer.{name}" in decayed)
                 known.append(groups[0] if groups else None)
 
@@ -66,7 +67,7 @@ def keep_in_step(
         if isinstance(module, GreenTrainerLayer) and adapter_name in module.greentrainer_values:
             for name, value in module.greentrainer_values[adapter_name].items():
                 if id(value) not in members:
-                    groups[f"{key}.{name}"]["params"].append(value)
+                    groups[base_name(f"{key}.{name}")]["params"].append(value)
                 if not value.requires_grad:
                     optimizer.state.pop(value, None)
 

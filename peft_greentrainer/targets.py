@@ -17,6 +17,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import TaskType
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ def plan_wrappers(config: GreenTrainerConfig, model: nn.Module) -> WrapperPlan:
     none is excluded.
     """
     owners = _owners(model)
-    _check_patterns(config, model, owners)
+    _check_patterns(config, model, [*owners, *_names_of_saved(model)])
     excluded = copy.copy(config)
     excluded.target_modules = ".*"
     uses = defaultdict(list)
@@ -77,11 +78,19 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
     return owners
 
 
+def _names_of_saved(model: nn.Module) -> list[str]:
+    """The names of modules to save and of what is in them, where an earlier adapter has wrapped them."""
+    saved = [key for key, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    return [key for key, _ in model.named_modules() if any(f"{key}.".startswith(f"{prefix}.") for prefix in saved)]
+
+
 def matches(config: GreenTrainerConfig, key: str) -> Any:
     """Whether the config targets a module and does not exclude it; what is false may be peft's marker of exclusion."""
     if config.target_modules is None:
         config = copy.copy(config)
-        config.target_modules = ".*"
+        # peft looks for the layer of a module that it finds by the end of its name.
+        whole = config.layers_to_transform is None
+        config.target_modules = ".*" if whole else {key.rpartition(".")[2]} - {key}
     return check_target_module_exists(config, key)
 
 
@@ -94,17 +103,17 @@ def _check_patterns(config: GreenTrainerConfig, model: nn.Module, owners: Iterab
             else:
                 found = any(key == pattern or key.endswith(f".{pattern}") for key in owners)
             if not found:
-                raise ValueError(
+                raise NoMatchingPeftModuleError(
                     f"{field}={pattern!r} matches no module that owns floating-point parameters. Modules of this model: "
                     f"{', '.join(list(owners)[:4])}, ..."
                 )
     numbers = config.layers_to_transform
     for number in [numbers] if isinstance(numbers, int) else numbers or []:
         if not any(matches(dataclasses.replace(config, layers_to_transform=[number]), key) for key in owners):
-            raise ValueError(
-                f"layers_to_transform={number} with layers_pattern={config.layers_pattern!r} and target_modules="
-                f"{sorted(config.target_modules)} matches no module. Modules of this model: {', '.join(list(owners)[:4])}, ..."
+            raise NoMatchingPeftModuleError(
+                f"layers_to_transform={number} with layers_pattern={config.layers_pattern!r} matches no module. Modules of "
+                f"this model: {', '.join(list(owners)[:4])}, ..."
             )
     for name in set(config.modules_to_save or []).difference(*TASK_HEADS.values()):
         if not any(key == name or key.endswith(f".{name}") for key, _ in model.named_modules()):
-            raise ValueError(f"modules_to_save={name!r} matches no module of this model.")
+            raise NoMatchingPeftModuleError(f"modules_to_save={name!r} matches no module of this model.")

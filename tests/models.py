@@ -133,6 +133,15 @@ MODELS = {
         },
     ),
 }
+# Models with the head of a task, and the task that peft knows them by.
+BERT = SIZES | NO_DROPOUT | {"vocab_size": 96}
+TASKS = {
+    "bert-sequences": (tr.BertForSequenceClassification, tr.BertConfig, BERT, "SEQ_CLS"),
+    "llama-sequences": (tr.LlamaForSequenceClassification, tr.LlamaConfig, SIZES | KV | TOKENS, "SEQ_CLS"),
+    "bert-tokens": (tr.BertForTokenClassification, tr.BertConfig, BERT, "TOKEN_CLS"),
+    "bert-answers": (tr.BertForQuestionAnswering, tr.BertConfig, BERT, "QUESTION_ANS"),
+    "bert-features": (tr.BertModel, tr.BertConfig, BERT, "FEATURE_EXTRACTION"),
+}
 # The same under other names, with what is different.
 VARIANTS = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -204,7 +213,7 @@ def make_model(kind, **changes):
     if kind in PLAIN:
         return PLAIN[kind](**changes)
     kind, variant = VARIANTS.get(kind, (kind, {}))
-    model_cls, config_cls, fields = MODELS[kind]
+    model_cls, config_cls, fields = TASKS[kind][:3] if kind in TASKS else MODELS[kind]
     return model_cls(config_cls(**fields | variant | changes))
 
 
@@ -227,6 +236,15 @@ def make_batch(kind, rows=4, tokens=16, seed=0):
         return {"input_features": torch.randn(rows, 8, 32, generator=generator), "labels": ids}
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
+    if kind == "bert-features":
+        return {"input_ids": ids, "attention_mask": mask}
+    if kind == "bert-answers":
+        positions = torch.arange(rows) % 5
+        return {"input_ids": ids, "attention_mask": mask, "start_positions": positions, "end_positions": positions + 1}
+    if kind in ("bert-sequences", "llama-sequences"):
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 2}
+    if kind == "bert-tokens":
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids % 2}
     if kind == "clip":
         return {"input_ids": ids, "attention_mask": mask, "pixel_values": images, "return_loss": True}
     return {"input_ids": ids, "attention_mask": mask, "labels": ids}
