@@ -20,11 +20,11 @@ from .config import GreenTrainerConfig
 from .cost import CostGraph
 from .delta import VALUES, base_name
 from .importance import importance, update_rule
-from .model import candidates, layers, set_selection, set_values
 from .param_groups import group_of, keep_in_step
 from .probe import Probe
 from .selection import Selection, select
 from .trainable import can_be_trained
+from .values import candidates, layers, set_selection, set_values
 
 
 def allocator_of(model: nn.Module) -> Allocator:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import defaultdict
 from typing import Optional
 
@@ -18,6 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from .config import GreenTrainerConfig
+from .delta import kind_of
 
 
 BEGIN, END = "<!-- peft-greentrainer: begin -->", "<!-- peft-greentrainer: end -->"
@@ -74,7 +74,7 @@ def _usage(base, base_id: Optional[str]) -> str:
 def _training(config: GreenTrainerConfig, of_adapter: str) -> str:
     kinds = defaultdict(list)
     for name, print_ in (config.tensors or {}).items():
-        kinds[re.sub(r"\.\d+(?=\.)", ".*", name)].append(math.prod(print_["shape"]))
+        kinds[kind_of(name)].append(math.prod(print_["shape"]))
     unit, bound = {"flops": ("FLOPs", "at most"), "seconds": ("seconds", "about")}[config.budget]
     lines = [
         f"## How it was trained{of_adapter}",

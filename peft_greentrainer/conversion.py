@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .delta import VALUES
-from .model import layers
+from .values import layers
 
 
 PREFIX = "base_model.model."

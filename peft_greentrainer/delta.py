@@ -11,6 +11,7 @@ that was trained, bit for bit, which a difference in float32 could not promise. 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,11 @@ def without_wrappers(name: str) -> str:
 def base_name(name: str) -> str:
     """The name in the base model of a module or a tensor of it, by its name in a model that is wrapped or compiled."""
     return without_wrappers(name).removeprefix("base_model.model.")
+
+
+def kind_of(name: str) -> str:
+    """The name without the numbers of layers: model.layers.3.mlp.up_proj.weight -> model.layers.*.mlp.up_proj.weight"""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def tensor_of_key(key: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -17,10 +16,21 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from .config import GreenTrainerConfig
-from .delta import ELSEWHERE, VALUES, base_name, check_fingerprint, fingerprint, tensor_of_key, without_wrappers
-from .layer import EmbeddingView, GreenTrainerLayer, wrap
-from .targets import TASK_HEADS, WrapperPlan, matches, plan_wrappers
+from .delta import (
+    ELSEWHERE,
+    VALUES,
+    base_name,
+    check_fingerprint,
+    fingerprint,
+    kind_of,
+    tensor_of_key,
+    without_wrappers,
+)
+from .embeddings import EmbeddingView
+from .layer import GreenTrainerLayer, wrap
+from .targets import TASK_HEADS, matches, plan_wrappers
 from .trainable import can_be_trained
+from .values import candidate_tensors, layers, set_selection, set_values, warn_if_never_selected
 
 
 class GreenTrainerModel(BaseTuner):
@@ -198,7 +208,7 @@ class GreenTrainerModel(BaseTuner):
             self._refuse_broken(adapter_names)
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
-            _warn_if_never_selected(self.model, adapter_name)
+            warn_if_never_selected(self.model, adapter_name)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _refuse_broken(self, adapter_names: Optional[list[str]]) -> None:
@@ -218,7 +228,7 @@ class GreenTrainerModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        _warn_if_never_selected(model, adapter_name)
+        warn_if_never_selected(model, adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -236,69 +246,6 @@ class GreenTrainerModel(BaseTuner):
 def _viewed(get_embeddings: Callable[[], Optional[nn.Module]]) -> Optional[nn.Module]:
     embeddings = get_embeddings()
     return EmbeddingView(embeddings) if isinstance(embeddings, GreenTrainerLayer) else embeddings
-
-
-def layers(model: nn.Module) -> dict[str, GreenTrainerLayer]:
-    """The wrappers in a model, by the name of the module in the base model."""
-    return {base_name(name): module for name, module in model.named_modules() if isinstance(module, GreenTrainerLayer)}
-
-
-def candidate_tensors(plan: WrapperPlan, model: nn.Module) -> dict[str, tuple[Tensor, list[str]]]:
-    """The base tensors that may be trained, by name, each with the other names that it is tied to."""
-    tied = defaultdict(list)
-    for key, (_, readers) in plan.items():
-        for name, (owner, owned) in readers.items():
-            tied[base_name(f"{owner}.{owned}")].append(base_name(f"{key}.{name}"))
-    found = {}
-    for key, (own, _) in plan.items():
-        module = model.get_submodule(key)
-        for name, tensor in own.items():
-            data = module.base_data(name) if isinstance(module, GreenTrainerLayer) else tensor.data
-            found[base_name(f"{key}.{name}")] = data, tied[base_name(f"{key}.{name}")]
-    return found
-
-
-def candidates(model: nn.Module, config: GreenTrainerConfig) -> list[str]:
-    """The names of the tensors that the adapter with this config may train."""
-    return list(candidate_tensors(plan_wrappers(config, model), model))
-
-
-def set_values(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
-    """Make exactly these tensors have a value: missing ones start at the base tensor, others are dropped."""
-    tensors = set(tensors)
-    config = model.peft_config[adapter_name]
-    found = candidate_tensors(plan_wrappers(config, model), model)
-    if not tensors <= found.keys():
-        raise ValueError(
-            f"The adapter '{adapter_name}' has no place for {sorted(tensors - found.keys())[:3]}: was it made for this "
-            "model, with these target_modules?"
-        )
-    wrappers = layers(model)
-    for key, layer in wrappers.items():
-        for name in list(layer.greentrainer_values[adapter_name] if adapter_name in layer.greentrainer_values else ()):
-            if f"{key}.{name}" not in tensors:
-                layer.drop_value(adapter_name, name)
-    old, config.tensors = config.tensors or {}, {}
-    for full_name in found:
-        if full_name in tensors:
-            key, _, name = full_name.rpartition(".")
-            layer = wrappers[key]
-            if name not in layer.greentrainer_values[adapter_name]:
-                layer.add_value(adapter_name, name)
-            config.tensors[full_name] = old.get(full_name) or fingerprint(*found[full_name])
-
-
-def set_selection(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
-    """Train exactly these tensors, all of which have a value."""
-    tensors = set(tensors)
-    config = model.peft_config[adapter_name]
-    config.selected = [name for name in config.tensors if name in tensors]
-    config.provisional = False
-    for key, layer in layers(model).items():
-        if adapter_name in layer.greentrainer_values:
-            selected = {name for name in layer.greentrainer_values[adapter_name] if f"{key}.{name}" in tensors}
-            active = adapter_name in layer.active_adapters
-            layer.set_selected(adapter_name, selected, trainable=active and not config.inference_mode)
 
 
 def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -339,28 +286,9 @@ def _tell_of_quantized(model: nn.Module, candidates: Iterable[str]) -> None:
     parameters = dict(model.named_parameters())
     quantized = [name for name, parameter in parameters.items() if parameter.numel() and not can_be_trained(parameter)]
     if quantized:
-        kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in candidates))
+        kinds = list(dict.fromkeys(map(kind_of, candidates)))
         warnings.warn(
             f"{len(quantized)} of {len(parameters)} tensors of this model are quantized and cannot be trained; gradients "
             f"that pass through them cost as much as ever. Left to train: {', '.join(kinds)}.",
-            stacklevel=2,
-        )
-
-
-def _warn_if_never_selected(model: nn.Module, adapter_name: str) -> None:
-    config = model.peft_config[adapter_name]
-    if not (config.provisional and config.init_weights):
-        return
-    moved = any(
-        not value.is_meta and not torch.equal(value, layer.base_tensor(name).to(value.dtype))
-        for layer in layers(model).values()
-        if adapter_name in layer.greentrainer_values and not layer.merged
-        for name, value in layer.greentrainer_values[adapter_name].items()
-    )
-    if moved:
-        warnings.warn(
-            "This adapter was trained, but no selection was ever made: what was trained was chosen from sizes alone. Add "
-            "callbacks=[GreenTrainerCallback()] to the Trainer, or call model.base_model.update_and_allocate(step, "
-            "optimizer) in every step of the loop.",
             stacklevel=2,
         )

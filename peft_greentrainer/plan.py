@@ -28,8 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from .config import GreenTrainerConfig
 from .cost import CostGraph, profile
-from .model import candidates
+from .delta import kind_of
 from .selection import select
+from .values import candidates
 
 
 RHOS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -146,7 +147,7 @@ class Plan:
             activation_flops=graph.full_flops - graph.forward_flops - int(graph.costs[own].sum()),
             weight_flops=int(graph.costs[own].sum()),
             layers=_grouped(graph, sizes, _layer),
-            kinds=_grouped(graph, sizes, _kind),
+            kinds=_grouped(graph, sizes, kind_of),
             budgets=budgets,
             lora_ratio=lora_ratio,
             memory={
@@ -217,11 +218,6 @@ def _layer(name: str) -> str:
     """model.layers.3.mlp.up_proj.weight -> model.layers.3"""
     found = re.match(r".*?\.\d+(?=\.)", name)
     return found[0] if found else name
-
-
-def _kind(name: str) -> str:
-    """model.layers.3.mlp.up_proj.weight -> model.layers.*.mlp.up_proj.weight"""
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _grouped(graph: CostGraph, sizes: Mapping[str, int], group_of) -> dict[str, Group]:

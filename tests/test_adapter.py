@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 import peft_greentrainer
 from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer, profile
 from peft_greentrainer.formulas import flop_counter
-from peft_greentrainer.model import candidates, layers, set_selection, set_values
+from peft_greentrainer.values import candidates, layers, set_selection, set_values
 
 
 KINDS = [

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 
 from peft_greentrainer import GreenTrainerConfig, profile
 from peft_greentrainer.formulas import flop_counter
-from peft_greentrainer.model import candidates, set_selection, set_values
+from peft_greentrainer.values import candidates, set_selection, set_values
 
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, GreenTrainerLayer
 from peft_greentrainer.formulas import flop_counter
-from peft_greentrainer.model import candidates, set_selection, set_values
+from peft_greentrainer.values import candidates, set_selection, set_values
 
 
 HEADS = {kind: "qa_outputs" if "answers" in kind else "score" if "llama" in kind else "classifier" for kind in TASKS}

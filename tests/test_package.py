@@ -27,7 +27,18 @@ PLANNING = [
     "selection",
     "probe",
 ]
-ADAPTER = ["config", "layer", "targets", "model", "delta", "registration", "card", "conversion"]
+ADAPTER = [
+    "config",
+    "layer",
+    "targets",
+    "model",
+    "values",
+    "embeddings",
+    "delta",
+    "registration",
+    "card",
+    "conversion",
+]
 
 
 def imports(module):

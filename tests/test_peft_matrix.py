@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer
-from peft_greentrainer.model import layers
+from peft_greentrainer.values import layers
 
 
 class Mlp(nn.Module):

@@ -11,7 +11,7 @@ from models import MODELS, make_batch, make_model
 
 from peft_greentrainer import GreenTrainerConfig, profile, select
 from peft_greentrainer.cli import main
-from peft_greentrainer.model import candidates
+from peft_greentrainer.values import candidates
 
 
 def on_meta(model_cls, config):

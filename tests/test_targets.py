@@ -11,7 +11,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from test_adapter import outputs, train_a_little
 
 from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer
-from peft_greentrainer.model import candidates, set_selection, set_values
+from peft_greentrainer.values import candidates, set_selection, set_values
 
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -15,7 +15,7 @@ from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, profile
 from peft_greentrainer.allocation import allocator_of
 from peft_greentrainer.formulas import flop_counter
 from peft_greentrainer.importance import importance
-from peft_greentrainer.model import candidates, layers
+from peft_greentrainer.values import candidates, layers
 
 
 def make_peft_model(kind="llama", **options):

@@ -1,0 +1,37 @@
+"""What `get_input_embeddings` and `get_output_embeddings` of a wrapped model give.
+
+>>> hidden = model.get_input_embeddings()(input_ids)     # of the tensors that are being trained
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .layer import GreenTrainerLayer
+
+
+class EmbeddingView(nn.Module):
+    """A wrapper of an embedding or a head as others see it: its effective tensors, its hooks, and no tuner layer.
+
+    trl refuses a tuner layer as the head, whose weight it reads. And peft saves the base tensors of an embedding that is
+    a tuner layer, here only where no value takes their place.
+    """
+
+    def __init__(self, layer: GreenTrainerLayer) -> None:
+        super().__init__()
+        hooks = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+        self.__dict__ |= {f"register_{kind}": getattr(layer, f"register_{kind}") for kind in hooks}
+        self.__dict__["layer"] = layer  # a part of the model, not of this
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        layer = self.__dict__["layer"]
+        if name == "base_layer" and any(
+            "weight" in layer.changed_tensors(adapter) for adapter in layer.active_adapters
+        ):
+            raise AttributeError(name)
+        return getattr(layer, name)
