@@ -28,7 +28,10 @@ from torch.profiler import profile as torch_profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_greentrainer import CostGraph, GreenTrainerConfig, profile, select
+from peft_greentrainer.delta import fingerprint
 from peft_greentrainer.recorder import CostRecorder
+from peft_greentrainer.targets import plan_wrappers
+from peft_greentrainer.values import candidate_tensors
 
 
 LLAMA_70B = {
@@ -38,6 +41,12 @@ LLAMA_70B = {
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
     "vocab_size": 128256,
+}
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
 }
 
 
@@ -210,6 +219,18 @@ def time_selection_of_70b(rounds: int = 6) -> tuple[float, float]:
     return profiling, 1e3 * median(taken)
 
 
+def time_fingerprints_of_7b() -> float:
+    """Seconds to take the fingerprints of every tensor of a 7B Llama in bfloat16; its memory is never written."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_7B)).bfloat16()
+    model.to_empty(device="cpu")
+    start = time.perf_counter()
+    tensors = candidate_tensors(plan_wrappers(GreenTrainerConfig(), model), model)
+    prints = [fingerprint(tensor, tied) for tensor, tied in tensors.values()]
+    assert len(prints) == 291
+    return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rho", type=float, default=0.5)
@@ -230,6 +251,7 @@ def main() -> None:
     peaks = measure_memory(args, base, batch)
     selecting = time_selection()
     profiling_70b, selecting_70b = time_selection_of_70b()
+    prints_7b = time_fingerprints_of_7b()
 
     print(f"{'seconds':32} median of {args.rounds}")
     for kind, taken in time_of.items():
@@ -239,6 +261,7 @@ def main() -> None:
     print(f"  {'profile of a 70B Llama, meta':30} {profiling_70b:8.3f}")
     print(f"  {'select from its 723 tensors':30} {selecting_70b:8.1f} ms")
     print(f"  {'select, chain of 1000 tensors':30} {selecting:8.1f} ms")
+    print(f"  {'fingerprints of a 7B Llama':30} {prints_7b:8.3f}")
     print("peak memory of forward and backward")
     for kind, peak in peaks.items():
         print(f"  {kind:30} {peak / 2**20:8.1f} MiB")
