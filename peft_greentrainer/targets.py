@@ -86,11 +86,17 @@ def _names_of_saved(model: nn.Module) -> list[str]:
 
 def matches(config: GreenTrainerConfig, key: str) -> Any:
     """Whether the config targets a module and does not exclude it; what is false may be peft's marker of exclusion."""
+    config = copy.copy(config)
+    if config.layers_to_transform is not None:
+        # peft looks for the layer of a module only if it was found by the end of its name.
+        in_layers = copy.copy(config)
+        in_layers.target_modules = {key.rpartition(".")[2]} - {key}
+        found = check_target_module_exists(in_layers, key)
+        if not found:
+            return found
+        config.layers_to_transform = None
     if config.target_modules is None:
-        config = copy.copy(config)
-        # peft looks for the layer of a module that it finds by the end of its name.
-        whole = config.layers_to_transform is None
-        config.target_modules = ".*" if whole else {key.rpartition(".")[2]} - {key}
+        config.target_modules = ".*"
     return check_target_module_exists(config, key)
 
 

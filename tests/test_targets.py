@@ -11,7 +11,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from test_adapter import outputs, train_a_little
 
 from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer
-from peft_greentrainer.values import candidates, set_selection, set_values
+from peft_greentrainer.values import candidates, layers, set_selection, set_values
 
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -35,7 +35,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
         ({"layers_to_transform": 2}, {*LINEAR, "input_layernorm", "post_attention_layernorm"}),
     ],
 )
-def test_targets(options, expected):
+def test_targets(options, expected, tmp_path):
     model = get_peft_model(make_model("llama"), GreenTrainerConfig(**options))
     found = candidates(model.get_base_model(), model.peft_config["default"])
     assert {name.split(".")[-2] for name in found} == expected
@@ -45,7 +45,11 @@ def test_targets(options, expected):
     }
     if "layers_to_transform" in options:
         numbers = options["layers_to_transform"]
-        assert {int(name.split(".")[2]) for name in found} == ({numbers} if isinstance(numbers, int) else {*numbers})
+        expected = {numbers} if isinstance(numbers, int) else {*numbers}
+        assert {int(name.split(".")[2]) for name in found} == expected
+        assert {int(name.split(".")[2]) for name in layers(model.get_base_model())} == expected
+        model.save_pretrained(tmp_path)
+        PeftModel.from_pretrained(make_model("llama"), tmp_path)
 
 
 def test_a_second_adapter_takes_the_same_targets():
