@@ -16,6 +16,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from .checkpointing import REENTRANT, is_reentrant, remove_hooks
 from .config import GreenTrainerConfig
 from .cost import CostGraph
 from .delta import VALUES, base_name
@@ -60,6 +61,7 @@ class Allocator:
     def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""
         self._active_adapter()
+        self._keep_saving()
         if self.selection is None:
             self._arm(optimizer)
         self._last = step
@@ -67,6 +69,7 @@ class Allocator:
     def update(self, step: int, optimizer: torch.optim.Optimizer, epoch: int | None = None) -> None:
         """Select if the step that was just taken completed a probe; make the next step a probe if one is due."""
         adapter_name, config = self._active_adapter()
+        self._keep_saving()
         cost = self._cost_of_step()
         now = step
         if config.reselect == "epoch":
@@ -123,6 +126,11 @@ class Allocator:
             self.selection, self.graph, self.importances = None, None, {}
             self._config = config
         return adapter_name, config
+
+    def _keep_saving(self) -> None:
+        remove_hooks(self.model)  # which may be installed at any time
+        if is_reentrant(self.model):
+            self._warn_once(REENTRANT)
 
     def _cost_of_step(self) -> float:
         """What the step cost at most, in steps of full fine-tuning; before any selection that much."""

@@ -1,8 +1,10 @@
 """Small random-weight models, made from configurations, each with a batch that gives a loss."""
 
+import tokenizers
 import torch
 import transformers as tr
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
 from torch import nn
 
 
@@ -248,3 +250,12 @@ def make_batch(kind, rows=4, tokens=16, seed=0):
     if kind == "clip":
         return {"input_ids": ids, "attention_mask": mask, "pixel_values": images, "return_loss": True}
     return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+
+def make_tokenizer():
+    """Words w3 to w95 and three special tokens, as the vocabulary of the models."""
+    words = Tokenizer(
+        tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 96)}, "<unk>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return tr.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-import transformers as tr
-from models import TASKS, make_batch, make_model
+from models import TASKS, make_batch, make_model, make_tokenizer
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -214,12 +213,6 @@ def test_every_selected_tensor_moves_in_code_that_reads_weights(kind):
 def test_the_fused_head_of_trl_trains_the_head(tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    vocabulary = {"<pad>": 0, "<unk>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 96)}
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = tr.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     text = [" ".join(f"w{(7 * i + j) % 90 + 4}" for j in range(12)) for i in range(8)]
     for loss_type in ("nll", "chunked_nll"):
         model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=1.0, task_type="CAUSAL_LM"))
@@ -238,7 +231,11 @@ def test_the_fused_head_of_trl_trains_the_head(tmp_path):
         head = model.get_base_model().lm_head
         before = head.base_layer.weight.clone()
         trainer = trl.SFTTrainer(
-            model, arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[GreenTrainerCallback()]
+            model,
+            arguments,
+            train_dataset=dataset,
+            processing_class=make_tokenizer(),
+            callbacks=[GreenTrainerCallback()],
         )
         trainer.train()
         assert not torch.equal(head.weight, before) and torch.equal(head.base_layer.weight, before)
