@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +45,7 @@ class Allocator:
         selection: the last selection, or None before the first.
         graph: the cost graph that it was made with.
         importances: the importances that it was made with.
+        steps_seen: for the callback, the last step that it has reported.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,6 +53,7 @@ class Allocator:
         self.selection: Selection | None = None
         self.graph: CostGraph | None = None
         self.importances: dict[str, float] = {}
+        self.steps_seen = 0
         self._config: GreenTrainerConfig | None = None
         self._probe: Probe | None = None
         self._last: int | None = None
@@ -62,9 +67,39 @@ class Allocator:
         """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""
         self._active_adapter()
         self._keep_saving()
-        if self.selection is None:
+        if self.selection is None and self._probe is None:
             self._arm(optimizer)
         self._last = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed has to know, as JSON."""
+        _, config = self._active_adapter()
+        return {
+            "selected": config.selected,
+            "provisional": config.provisional,
+            "spent": config.spent,
+            "selection": None
+            if self.selection is None
+            else asdict(self.selection) | {"tensors": sorted(self.selection.tensors)},
+            "importances": self.importances,
+            "last": self._last,
+            "probe": None if self._probe is None else self._probe.state_dict(),
+        }
+
+    def resume(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        """Go on where a run was stopped, with the values and the optimizer's state of its checkpoint loaded before."""
+        adapter_name, config = self._active_adapter()
+        self._keep_saving()
+        set_selection(self.model, adapter_name, state["selected"])
+        config.provisional, config.spent = state["provisional"], state["spent"]
+        kept = state["selection"]
+        self.selection = None if kept is None else Selection(**kept | {"tensors": frozenset(kept["tensors"])})
+        self.importances = dict(state["importances"])
+        self._last = state["last"]
+        if state["probe"] is not None:
+            self._arm(optimizer)
+            self._probe.load_state_dict(state["probe"])
+            self._passes_before = self._probe.passes
 
     def update(self, step: int, optimizer: torch.optim.Optimizer, epoch: int | None = None) -> None:
         """Select if the step that was just taken completed a probe; make the next step a probe if one is due."""

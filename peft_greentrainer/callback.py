@@ -9,12 +9,13 @@ import warnings
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from .allocation import allocator_of
 from .layer import GreenTrainerLayer
 
 
-class GreenTrainerCallback(TrainerCallback):
+class GreenTrainerCallback(TrainerCallback, ExportableState):
     """
     Makes the first step a probe, selects after it, and again whenever the adapter's config says so.
 
@@ -31,7 +32,20 @@ class GreenTrainerCallback(TrainerCallback):
         optimizer=None,
         **kwargs,
     ) -> None:
-        allocator_of(base_model(model)).begin(state.global_step, optimizer)
+        self._allocator = allocator_of(base_model(model))
+        # transformers wants to find this callback in a checkpoint that was made without it, too.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        saved = saved[-1] if isinstance(saved, list) else saved  # of a callback that was added twice
+        self._allocator.steps_seen = state.global_step
+        if state.global_step and saved["attributes"]["allocation"]:
+            self._allocator.resume(saved["attributes"]["allocation"], optimizer)
+        else:
+            self._allocator.begin(state.global_step, optimizer)
+
+    def state(self) -> dict:
+        """What transformers saves with a checkpoint."""
+        allocator = getattr(self, "_allocator", None)
+        return {"args": {}, "attributes": {"allocation": allocator and allocator.state_dict()}}
 
     def on_step_end(
         self,
@@ -42,7 +56,10 @@ class GreenTrainerCallback(TrainerCallback):
         optimizer=None,
         **kwargs,
     ) -> None:
-        allocator_of(base_model(model)).update(state.global_step, optimizer, epoch=int(state.epoch))
+        allocator = allocator_of(base_model(model))
+        if allocator.steps_seen != state.global_step:  # or this callback was added twice
+            allocator.steps_seen = state.global_step
+            allocator.update(state.global_step, optimizer, epoch=int(state.epoch))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs

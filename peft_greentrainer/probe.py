@@ -108,6 +108,18 @@ class Probe:
         self.disarm()
         return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far, as JSON."""
+        sums = {name: total.item() for name, total in self._sums.items()}
+        return {"passes": self.passes, "sums": sums, "recorder": self.recorder.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was measured; but what was timed is timed again, from the start."""
+        if self.time_with is None:
+            self.passes = state["passes"]
+            self._sums = {name: torch.tensor(total) for name, total in state["sums"].items()}
+            self.recorder.load_state_dict(state["recorder"])
+
     def read(self, candidates: Iterable[str]) -> tuple[CostGraph, dict[str, float]]:
         """Disarm, and give the cost graph of the passes and the mean importance per tensor."""
         assert self.complete

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -59,6 +59,24 @@ class CostRecorder(TorchDispatchMode):
         self._formulas = {**flop_registry, **{op: shape_wrapper(f) for op, f in missing_formulas().items()}}
         self._flops_of: dict[tuple, int] = {}
         self._formula_of: dict[int, Callable[..., int] | None] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded, as JSON: sets of operations in hexadecimal."""
+        return {
+            "forward_cost": self.forward_cost,
+            "costs": self.costs,
+            "needed_by": {name: hex(bits) for name, bits in self.needed_by.items()},
+            "forced": hex(self.forced),
+            "conditions": [[operation, *condition] for operation, condition in self.conditions.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was recorded."""
+        self.forward_cost = state["forward_cost"]
+        self.costs = list(state["costs"])
+        self.needed_by = {name: int(bits, 16) for name, bits in state["needed_by"].items()}
+        self.forced = int(state["forced"], 16)
+        self.conditions = {operation: (on, wanted) for operation, on, wanted in state["conditions"]}
 
     @contextmanager
     def forward(self) -> Iterator[None]:
