@@ -23,6 +23,7 @@ from .checkpointing import REENTRANT, is_reentrant, remove_hooks
 from .config import GreenTrainerConfig
 from .cost import CostGraph
 from .delta import VALUES, base_name
+from .distributed import from_first_rank, mean_over_ranks, rebuild_reducers, refuse_sharded
 from .importance import importance, update_rule
 from .param_groups import group_of, keep_in_step
 from .probe import Probe
@@ -100,6 +101,7 @@ class Allocator:
             self._arm(optimizer)
             self._probe.load_state_dict(state["probe"])
             self._passes_before = self._probe.passes
+        rebuild_reducers(self.model)
 
     def update(self, step: int, optimizer: torch.optim.Optimizer, epoch: int | None = None) -> None:
         """Select if the step that was just taken completed a probe; make the next step a probe if one is due."""
@@ -174,6 +176,7 @@ class Allocator:
 
     def _arm(self, optimizer: torch.optim.Optimizer) -> None:
         adapter_name, config = self._active_adapter()
+        refuse_sharded(self.model)
         groups = group_of(optimizer, self.model)
         rates = {name: float(g.get("initial_lr", g["lr"])) for name, g in groups.items()}
         if not any(rates.values()):  # a warm-up that starts at zero; only the proportions of rates matter
@@ -200,6 +203,7 @@ class Allocator:
         own = set(candidates(self.model, config))
         trained = {name for name, parameter in probe.trained().items() if name not in own}
         graph, importances = probe.read(own | trained)
+        importances = mean_over_ranks(importances)
         if not all(map(math.isfinite, importances.values())):
             self._warn_once(
                 "The loss or a gradient was not finite in a probe, so the selection stays as it was; the next step is "
@@ -207,9 +211,8 @@ class Allocator:
             )
             return False
 
-        selection = select(
-            graph, {name: importances.get(name, 0.0) for name in graph.tensors}, config.rho, always=trained
-        )
+        of_graph = {name: importances.get(name, 0.0) for name in graph.tensors}
+        selection = from_first_rank(lambda: select(graph, of_graph, config.rho, always=trained))
         self.graph, self.importances, self.selection = graph, importances, selection
         _apply(self.model, adapter_name, selection.tensors & own, optimizer)
         return True
@@ -246,6 +249,7 @@ def _apply(model: nn.Module, adapter_name: str, selected: frozenset[str], optimi
     after = {id(value) for value in _values(model, adapter_name)}
     dropped = [value for value in before if id(value) not in after]
     keep_in_step(optimizer, model, groups, adapter_name, dropped)
+    rebuild_reducers(model)
 
 
 def _values(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
