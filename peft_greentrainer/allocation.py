@@ -121,8 +121,7 @@ class Allocator:
             self._probe.close()
             self._warn_once(
                 "A step was to be a probe, and no forward and backward pass of the model was seen in it, so nothing was "
-                "measured; the next step is a probe again. Call the model itself, not a part of it or what torch.compile "
-                "made of it before, and then loss.backward()."
+                "measured; the next step is a probe again. Call the model itself, not a part of it, and then loss.backward()."
             )
         if self._probe is not None and self._probe.complete:
             measured, self._probe = self._probe, None

@@ -9,7 +9,6 @@ Without `torch.distributed` all of this does nothing.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,6 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from .around import around
 
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def rebuild_reducers(model: nn.Module) -> None:
     """
     if not _several():
         return
-    for ddp in _around(model, DistributedDataParallel):
+    for ddp in around(model, DistributedDataParallel):
         training, hooks = ddp.training, ddp._comm_hooks
         ddp.__init__(
             ddp.module,
@@ -81,17 +82,11 @@ def refuse_sharded(model: nn.Module) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
     sharded = any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if sharded or _around(model, FullyShardedDataParallel):
+    if sharded or around(model, FullyShardedDataParallel):
         raise ValueError(
             "GreenTrainer does not train under FSDP or DeepSpeed ZeRO, which shard the parameters once, at the start. Use "
             "DistributedDataParallel: a budgeted step keeps gradients and moments of the selected tensors only."
         )
-
-
-def _around(model: nn.Module, cls: type[T]) -> list[T]:
-    """The modules of this class that `model` is in: who wraps a model does not tell it."""
-    wrappers = [o for o in gc.get_objects() if issubclass(type(o), cls)]
-    return [wrapper for wrapper in wrappers if any(module is model for module in wrapper.modules())]
 
 
 def _several() -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .around import around
 from .cost import CostGraph
 from .passes import free_gradient, loss_of, record
 from .recorder import CostRecorder, tensors_in
@@ -93,6 +94,18 @@ class Probe:
         if self.batch_size is None:
             after = _Hook(self._after_forward)
             self._armed.callback(self.model.register_forward_hook(after, always_call=True).remove)
+        for module in [*self.model.modules(), *around(self.model, nn.Module)]:
+            self._run_eagerly(module)
+
+    def _run_eagerly(self, module: nn.Module) -> None:
+        """What is compiled neither sees hooks that are new nor has operations to record."""
+        if module._compiled_call_impl is not None:
+            self._armed.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+            module._compiled_call_impl = None
+        if "_orig_mod" in module._modules:  # made by torch.compile
+            state = vars(module)
+            self._armed.callback(state.__setitem__, "forward", state["forward"])
+            state["forward"] = module._orig_mod.__call__
 
     def disarm(self) -> None:
         """Leave the model as it was before."""

@@ -52,7 +52,7 @@ def imports(module):
     return names
 
 
-@pytest.mark.parametrize("module", ["trainable", *PLANNING])
+@pytest.mark.parametrize("module", ["trainable", "around", *PLANNING])
 def test_planning_knows_nothing_of_peft(module):
     assert not imports(module) & {"peft", "transformers", "accelerate", *(f".{name}" for name in ADAPTER)}
 

@@ -1,0 +1,21 @@
+"""Finds what a model was wrapped in, which the model itself does not know.
+
+>>> around(model, DistributedDataParallel)
+[DistributedDataParallel(...)]
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import TypeVar
+
+from torch import nn
+
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def around(model: nn.Module, cls: type[T]) -> list[T]:
+    """The modules of this class, anywhere in the process, that `model` is a part of. Takes some milliseconds."""
+    wrappers = [o for o in gc.get_objects() if issubclass(type(o), cls)]
+    return [wrapper for wrapper in wrappers if any(module is model for module in wrapper.modules())]
