@@ -29,7 +29,7 @@ from .param_groups import group_of, keep_in_step
 from .probe import Probe
 from .selection import Selection, select
 from .trainable import can_be_trained
-from .values import candidates, layers, set_selection, set_values
+from .values import candidates, layers, set_selection, set_trainable, set_values
 
 
 def allocator_of(model: nn.Module) -> Allocator:
@@ -66,8 +66,9 @@ class Allocator:
 
     def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""
-        self._active_adapter()
+        adapter_name, config = self._active_adapter()
         self._keep_saving()
+        set_trainable(self.model, adapter_name, config.selected)
         if self.selection is None and self._probe is None:
             self._arm(optimizer)
         self._last = step
@@ -107,6 +108,8 @@ class Allocator:
         """Select if the step that was just taken completed a probe; make the next step a probe if one is due."""
         adapter_name, config = self._active_adapter()
         self._keep_saving()
+        if config.was_reloaded():
+            set_trainable(self.model, adapter_name, config.selected)
         cost = self._cost_of_step()
         now = step
         if config.reselect == "epoch":
@@ -209,6 +212,12 @@ class Allocator:
                 "a probe again. If this goes on, lower the learning rate or look for bad examples."
             )
             return False
+        if not any(importances.values()):
+            self._warn_once(
+                "Every gradient was zero in a probe (equal rewards, say), so the selection stays as it was; the next step "
+                "is a probe again. If this goes on, check that the loss has a gradient."
+            )
+            return False
 
         of_graph = {name: importances.get(name, 0.0) for name in graph.tensors}
         selection = from_first_rank(lambda: select(graph, of_graph, config.rho, always=trained))
@@ -252,4 +261,5 @@ def _apply(model: nn.Module, adapter_name: str, selected: frozenset[str], optimi
 
 
 def _values(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    return [v for layer in layers(model).values() for v in layer.greentrainer_values[adapter_name].values()]
+    of_layers = [layer.greentrainer_values for layer in layers(model).values()]
+    return [value for of_layer in of_layers if adapter_name in of_layer for value in of_layer[adapter_name].values()]

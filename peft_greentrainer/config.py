@@ -174,6 +174,16 @@ class GreenTrainerConfig(PeftConfig):
             self.provisional = False
         self._taken = True
 
+    def loaded_again(self) -> bool:
+        """Whether values are loaded into this adapter for a second time, as for going on from a checkpoint."""
+        self._reloaded, self._loaded = hasattr(self, "_loaded"), True
+        return self._reloaded
+
+    def was_reloaded(self) -> bool:
+        """Whether that has happened since this was last asked."""
+        reloaded, self._reloaded = getattr(self, "_reloaded", False), False
+        return reloaded
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.GREENTRAINER

@@ -11,6 +11,7 @@ The base tensor stays as it is, frozen. A tensor that was never selected has no 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Set
 from functools import partial
@@ -23,6 +24,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .trainable import can_be_trained
+
+
+class Lock:
+    """Two threads that run one module would see each other's swaps. Copies, and what is unpickled, have a lock of their own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple:
+        return Lock, ()
 
 
 class GreenTrainerLayer(nn.Module, BaseTunerLayer):
@@ -46,6 +63,7 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.greentrainer_values = nn.ModuleDict()
         self.merged_adapters = []
+        self._lock = Lock()
         self._tied: dict[str, tuple[GreenTrainerLayer, str]] = {}
         self._selected: dict[str, Set[str]] = {}
         self._float32_values: dict[str, bool] = {}
@@ -175,6 +193,12 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         """Call the base layer, or a method of it, with effective tensors in place of its own."""
         if self.merged_adapters or self._disable_adapters:
             return function(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._run_swapped(function, *args, **kwargs)
+        with self._lock:
+            return self._run_swapped(function, *args, **kwargs)
+
+    def _run_swapped(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         swapped = []
 
         def swap(tensor: str, effective: Tensor) -> None:
@@ -208,7 +232,8 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
             self.refuse_broken(adapter_names)
         self.merged_adapters = self.merged_adapters + adapter_names
         for tensor, values in self._values(self.merged_adapters).items():
-            merged = _combine(self.base_data(tensor), values).detach().clone()
+            with torch.inference_mode(False), torch.no_grad():  # or the model could never be trained again
+                merged = _combine(self.base_data(tensor), values).clone()
             self._unmerged.setdefault(tensor, self.base_tensor(tensor).data)
             self.base_tensor(tensor).data = merged
 
@@ -273,13 +298,25 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
             return self._attribute(name)
 
     def _attribute(self, name: str) -> Any:
+        if isinstance(getattr(type(self.base_layer), name, None), property):  # which may well be made of tensors
+            return self._run(getattr, self.base_layer, name)
         value = getattr(self.base_layer, name)
         # In a forward pass FSDP1 has plain tensors where the parameters were.
-        if isinstance(value, Tensor) and name not in self.base_layer._buffers:
+        if isinstance(value, Tensor) and name in self._tensors_of_base(name):
             return self.effective_tensor(name)
         if isinstance(value, MethodType) and value.__self__ is self.base_layer:
             return partial(self._run, value)
         return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers ties tensors again and again; here they stay tied.
+        if name not in self.__dict__.get("_tied", ()):
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GreenTrainerLayer:
+        super()._apply(fn, recurse)
+        self._unmerged = {tensor: fn(base) for tensor, base in self._unmerged.items()}
+        return self
 
     def extra_repr(self) -> str:
         return ""

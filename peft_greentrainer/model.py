@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Optional
 
@@ -30,7 +30,7 @@ from .embeddings import EmbeddingView
 from .layer import GreenTrainerLayer, wrap
 from .targets import TASK_HEADS, matches, plan_wrappers
 from .trainable import can_be_trained
-from .values import candidate_tensors, layers, set_selection, set_values, warn_if_never_selected
+from .values import candidate_tensors, layers, set_selection, set_trainable, set_values, warn_if_never_selected
 
 
 class GreenTrainerModel(BaseTuner):
@@ -92,6 +92,12 @@ class GreenTrainerModel(BaseTuner):
         value = super().__getattr__(name)
         return partial(_viewed, value) if name in ("get_input_embeddings", "get_output_embeddings") else value
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Optional[list[str]] = None, **kwargs: Any):
+        if adapter_names is not None:
+            raise ValueError("GreenTrainer has no batches of several adapters (adapter_names): call set_adapter.")
+        yield
+
     # What peft's injection asks for
 
     def inject_adapter(
@@ -104,7 +110,8 @@ class GreenTrainerModel(BaseTuner):
     ) -> None:
         config = self.peft_config[adapter_name]
         if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
-            self.peft_config[adapter_name] = config = copy.copy(config)
+            # Another adapter of the same tensors: trl copies one so, value by value.
+            self.peft_config[adapter_name] = config = dataclasses.replace(config, spent=None)
         config.take_for_a_model()
         if state_dict is not None:
             names = [tensor_of_key(key) for key in state_dict if VALUES in key]
@@ -126,6 +133,7 @@ class GreenTrainerModel(BaseTuner):
         self._holders = _holders(model)
         found = candidate_tensors(self._plan, model)
         _refuse_offloaded(model, self._plan)
+        _refuse_wrapped_heads(model, peft_config)
         _tell_of_quantized(model, found)
         if peft_config.tensors is None:
             sizes = {name: tensor.numel() for name, (tensor, _) in found.items()}
@@ -234,12 +242,13 @@ class GreenTrainerModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         in_file = {tensor_of_key(key) for key in state_dict if VALUES in key}
-        if in_file != set(config.tensors):
-            # A checkpoint of a run whose selection has changed since. Every tensor in it is trainable until the
-            # callback restores the selection: the optimizer's state is loaded by position.
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if in_file != set(config.tensors):  # a checkpoint of a run whose selection has changed since
             set_values(base, adapter_name, in_file)
             set_selection(base, adapter_name, in_file)
+        elif config.loaded_again():
+            # Every tensor in a checkpoint is trainable until training begins: the optimizer's state is loaded by position.
+            set_trainable(base, adapter_name, in_file)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -279,6 +288,15 @@ def _refuse_offloaded(model: nn.Module, keys: Iterable[str]) -> None:
             raise ValueError(
                 f"The weights of {key} are offloaded by accelerate, which puts them in place for each forward pass and so "
                 "over the trained ones. Load the base model without 'cpu' or 'disk' in its device_map."
+            )
+
+
+def _refuse_wrapped_heads(model: nn.Module, config: GreenTrainerConfig) -> None:
+    for key, module in model.named_modules():
+        if isinstance(module, GreenTrainerLayer) and any(key.endswith(name) for name in config.modules_to_save or ()):
+            raise ValueError(
+                f"modules_to_save names {key}, whose tensors are candidates of an earlier adapter. Add the adapter with "
+                "modules_to_save first, or give the earlier one exclude_modules."
             )
 
 

@@ -29,10 +29,15 @@ def record(
 
     Gradients are freed as they arrive, after `on_gradient(name, grad)`.
     """
+
+    def arrived(name: str, grad: Tensor | None) -> None:
+        if grad is not None:  # a custom function may give none
+            on_gradient(name, grad)
+
     with _left_as_it_was(model), ExitStack() as hooks:
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
-            hooks.callback(parameter.register_hook(partial(on_gradient, name)).remove)
+            hooks.callback(parameter.register_hook(partial(arrived, name)).remove)
             hooks.callback(parameter.register_post_accumulate_grad_hook(free_gradient).remove)
         with recorder.forward():
             scalar = loss()

@@ -71,6 +71,7 @@ class Probe:
         self._recording = ExitStack()
         self._graphs: dict[int, int] = {}
         self._is_open = False
+        self._frozen: list[nn.Parameter] = []
         self._arrived_now = False
         self._in_own_pass = False
 
@@ -173,14 +174,21 @@ class Probe:
             return
         self._is_open = True
         self._opened.callback(setattr, self, "_is_open", False)
+        self._opened.callback(self._frozen.clear)
         for name, parameter in self.parameters.items():
             if not parameter.requires_grad:
+                self._frozen.append(parameter)
                 parameter.requires_grad_(True)
                 self._opened.callback(parameter.requires_grad_, False)
                 self._opened.callback(parameter.register_post_accumulate_grad_hook(free_gradient).remove)
             self._opened.callback(parameter.register_hook(partial(self._arrived, name)).remove)
         _open_probes.add(self)
         self._opened.callback(_open_probes.discard, self)
+
+    def reopen(self) -> None:
+        """Let everything require grad again, should an adapter have been set in between, as trl does for a reference."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
 
     def backward_is_done(self) -> None:
         """One backward pass was recorded; it counts if it was one of this model."""
@@ -198,6 +206,8 @@ class Probe:
         self._arrived_now = False
 
     def _arrived(self, name: str, grad: Tensor) -> None:
+        if grad is None:  # a custom function gave none
+            return
         self._arrived_now = True
         self.recorder.mark(name, grad)
         self._sums[name] = self._sums.get(name, 0.0) + self.measure(name, grad)
@@ -275,6 +285,7 @@ class _OpenProbes(weakref.WeakSet):
         try:
             with ExitStack() as modes:
                 for probe in recording:
+                    probe.reopen()
                     modes.enter_context(probe.recorder)
                 self._backward(*args, **kwargs)
         except BaseException:

@@ -46,10 +46,17 @@ def plan_wrappers(config: GreenTrainerConfig, model: nn.Module) -> WrapperPlan:
     _check_patterns(config, model, [*owners, *_names_of_saved(model)])
     excluded = copy.copy(config)
     excluded.target_modules = ".*"
+    saved = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for parameter in module.original_module.parameters()
+    }
     uses = defaultdict(list)
     for key, module in owners.items():
         for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
-            if can_be_trained(tensor):
+            # A value is kept in a ParameterDict under this name.
+            if can_be_trained(tensor) and id(tensor) not in saved and not hasattr(nn.ParameterDict, name):
                 uses[id(tensor)].append((key, name, tensor))
     plan: WrapperPlan = defaultdict(lambda: ({}, {}))
     for shared in uses.values():
@@ -72,7 +79,8 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
             inside.append(f"{key}.")
         module = module.base_layer if isinstance(module, GreenTrainerLayer) else module
         nested = any(True for child in module.children() for _ in child.parameters())
-        container = isinstance(module, (nn.ParameterList, nn.ParameterDict))  # never called: whoever holds it is
+        # Never called: whoever holds it is. Or its own code asks for items, which a wrapper does not have.
+        container = isinstance(module, (nn.ParameterList, nn.ParameterDict)) or hasattr(type(module), "__getitem__")
         if key and not nested and not container and any(map(can_be_trained, module.parameters(recurse=False))):
             owners[key] = module
     return owners

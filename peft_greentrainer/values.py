@@ -77,6 +77,13 @@ def set_selection(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -
     config = model.peft_config[adapter_name]
     config.selected = [name for name in config.tensors if name in tensors]
     config.provisional = False
+    set_trainable(model, adapter_name, tensors)
+
+
+def set_trainable(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
+    """Let the values of these tensors require grad, where the adapter is active and for training, and no others."""
+    tensors = set(tensors)
+    config = model.peft_config[adapter_name]
     for key, layer in layers(model).items():
         if adapter_name in layer.greentrainer_values:
             selected = {name for name in layer.greentrainer_values[adapter_name] if f"{key}.{name}" in tensors}

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -455,3 +457,141 @@ def test_a_resized_vocabulary(targets, trained, tmp_path):
     loaded = PeftModel.from_pretrained(resized(1), tmp_path / "delta")
     assert torch.equal(outputs(loaded, "llama"), outputs(model, "llama"))
     assert torch.equal(outputs(loaded.merge_and_unload(), "llama"), outputs(model, "llama"))
+
+
+class Memory(nn.Module):
+    """Tensors under names of a dictionary, a property made of a tensor, items."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys = nn.Parameter(torch.randn(4, 4))
+        self.log_scale = nn.Parameter(torch.zeros(4))
+
+    @property
+    def scale(self):
+        return self.log_scale.exp()
+
+    def forward(self, x):
+        return x @ self.keys
+
+
+class Shelf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(3, 4))
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class Library(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.memory, self.shelf, self.linear = Memory(), Shelf(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(self.memory(x) * self.memory.scale + sum(self.shelf[i] for i in range(len(self.shelf))))
+
+
+def test_unusual_modules_run_and_a_property_is_made_of_effective_tensors():
+    base = Library()
+    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(rho=1.0))
+    found = candidates(model.get_base_model(), model.peft_config["default"])
+    assert found == ["memory.log_scale", "linear.weight", "linear.bias"]
+    x = torch.randn(2, 4)
+    assert torch.equal(model(x), base(x))
+    model(x).sum().backward()
+    value = model.get_base_model().memory.greentrainer_values["default"]["log_scale"]
+    assert value.grad.any()
+    value.data += 1
+    assert torch.equal(model.get_base_model().memory.scale, value.exp())
+
+
+def test_threads_that_share_a_model_leave_the_base_alone():
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=1.0, init_weights=False)).eval()
+    base = {name: p.clone() for name, p in model.named_parameters()}
+    batch, interval = make_batch("llama", rows=1, tokens=4), sys.getswitchinterval()
+    with torch.no_grad():
+        expected = model(**batch).logits
+
+        def run(_):
+            with torch.no_grad():
+                return all(torch.equal(model(**batch).logits, expected) for _ in range(10))
+
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(8) as threads:
+                assert all(threads.map(run, range(8)))
+        finally:
+            sys.setswitchinterval(interval)
+    assert all(p is not None and torch.equal(p, base[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "t5"])
+def test_a_merged_model_that_changes_its_type_is_unmerged_in_it(kind):
+    model = get_peft_model(make_model(kind), GreenTrainerConfig(rho=1.0, init_weights=False))
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert {p.dtype for name, p in model.named_parameters()} == {torch.bfloat16}
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, kind), outputs(make_model(kind).bfloat16(), kind))
+
+
+def test_a_model_that_was_merged_in_inference_mode_can_be_trained():
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(init_weights=False))
+    with torch.inference_mode():
+        merged = model.merge_and_unload()
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)
+    merged(**make_batch("llama")).loss.backward()
+    torch.optim.SGD(merged.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "t5", "bart"])
+def test_tensors_are_tied_again_without_harm(kind):
+    model = get_peft_model(make_model(kind), GreenTrainerConfig(rho=1.0, init_weights=False))
+    before = outputs(model, kind)
+    model.get_base_model().tie_weights()
+    assert torch.equal(outputs(model, kind), before)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "t5", "bart"])
+def test_one_use_of_a_tied_tensor_is_a_module_to_save(kind, tmp_path):
+    model = get_peft_model(make_model(kind), GreenTrainerConfig(rho=0.9, modules_to_save=["lm_head"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(3):
+        model(**make_batch(kind, seed=step)).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step, optimizer)
+        optimizer.zero_grad()
+    assert "lm_head.weight" in model.base_model.selection.tensors
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(kind), tmp_path)
+    assert torch.equal(outputs(loaded, kind), outputs(model, kind))
+
+
+def test_an_adapter_that_has_no_place_in_some_modules_is_trained_alone():
+    for first, second in (({}, {"target_modules": ["q_proj"]}), ({"target_modules": ["q_proj"]}, {})):
+        model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.9, **first))
+        model.add_adapter("second", GreenTrainerConfig(rho=0.9, **second))
+        model.set_adapter("second")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(3):
+            model(**make_batch("llama", seed=step)).loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step, optimizer)
+            optimizer.zero_grad()
+        assert model.base_model.selection.tensors
+        assert all(".second." in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_what_is_not_supported_is_refused():
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig())
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(**make_batch("llama"), adapter_names=["default"] * 4)
+    with pytest.raises(ValueError, match="Add the adapter with modules_to_save first"):
+        model.add_adapter("second", GreenTrainerConfig(modules_to_save=["lm_head"]))

@@ -8,7 +8,7 @@ import torch
 from models import make_batch, make_model
 from peft import get_peft_model
 
-from peft_greentrainer import GreenTrainerConfig
+from peft_greentrainer import GreenTrainerConfig, profile
 from peft_greentrainer.allocation import allocator_of
 
 
@@ -191,3 +191,33 @@ def test_another_training_on_the_same_base_is_selected_anew(how):
     assert other.selection is None
     other.train(1)
     assert 0.6 < other.selection.ratio <= 0.9
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class Stubborn(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)
+
+    def forward(self, x):
+        return {"loss": NoGradient.apply(self.first(x), self.second.weight).square().sum()}
+
+
+def test_a_tensor_that_gets_no_gradient_is_left_out():
+    graph = profile(Stubborn(), {"x": torch.randn(2, 4)})
+    assert graph.tensors == ("first.weight", "first.bias")
+    model = get_peft_model(Stubborn(), GreenTrainerConfig(rho=0.9))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(2):
+        model(x=torch.randn(2, 4))["loss"].backward()
+        model.base_model.update_and_allocate(step, optimizer)
+    assert "second.weight" not in model.base_model.selection.tensors

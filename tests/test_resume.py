@@ -16,7 +16,7 @@ from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig
 STEPS = 9
 
 
-def make_trainer(path, kind="llama", config=None, **options):
+def make_trainer(path, kind="llama", config=None, model=None, **options):
     batch = make_batch(kind, rows=24)
     data = [{name: value[i] for name, value in batch.items()} for i in range(24)]
     arguments = TrainingArguments(
@@ -32,7 +32,8 @@ def make_trainer(path, kind="llama", config=None, **options):
         }
         | options,
     )
-    model = get_peft_model(make_model(kind), GreenTrainerConfig(**{"rho": 0.6, "reselect": 3} | (config or {})))
+    config = GreenTrainerConfig(**{"rho": 0.6, "reselect": 3} | (config or {}))
+    model = model or get_peft_model(make_model(kind), config)
     return Trainer(model, arguments, train_dataset=data, eval_dataset=data[:8], callbacks=[GreenTrainerCallback()])
 
 
@@ -97,3 +98,14 @@ def test_a_checkpoint_of_a_run_without_the_callback_is_gone_on_from(tmp_path):
     second = make_trainer(tmp_path)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert 0 < second.model.base_model.selection.ratio <= 0.6
+
+
+def test_resumed_on_a_loaded_adapter_it_is_the_same_run(tmp_path):
+    whole = make_trainer(tmp_path)
+    whole.train()
+    checkpoint = str(tmp_path / "checkpoint-7")
+    model = PeftModel.from_pretrained(make_model("llama"), checkpoint, is_trainable=True)
+    resumed = make_trainer(tmp_path / "resumed", model=model)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert losses(resumed) == losses(whole)
+    assert torch.equal(outputs(resumed.model, "llama"), outputs(whole.model, "llama"))
