@@ -24,7 +24,7 @@ from .config import GreenTrainerConfig
 from .cost import CostGraph
 from .delta import VALUES, base_name
 from .distributed import from_first_rank, mean_over_ranks, rebuild_reducers, refuse_sharded
-from .importance import importance, update_rule
+from .importance import importance, is_known, update_rule
 from .param_groups import group_of, keep_in_step
 from .probe import Probe
 from .selection import Selection, select
@@ -178,12 +178,16 @@ class Allocator:
 
     def _arm(self, optimizer: torch.optim.Optimizer) -> None:
         adapter_name, config = self._active_adapter()
-        refuse_sharded(self.model)
+        refuse_sharded(self.model, optimizer)
         groups = group_of(optimizer, self.model)
         rates = {name: float(g.get("initial_lr", g["lr"])) for name, g in groups.items()}
         if not any(rates.values()):  # a warm-up that starts at zero; only the proportions of rates matter
             rates = dict.fromkeys(rates, 1.0)
         rule = update_rule(optimizer)
+        if not is_known(optimizer):
+            self._warn_once(
+                f"Importance is that of the update which Adam would make; that of {type(optimizer).__name__} is not known."
+            )
 
         def measure(name: str, grad: Tensor) -> Tensor:
             return importance(grad, rule, rates.get(name, 1.0))

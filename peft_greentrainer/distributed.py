@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -77,12 +78,13 @@ def rebuild_reducers(model: nn.Module) -> None:
             ddp.register_comm_hook(state, hook)
 
 
-def refuse_sharded(model: nn.Module) -> None:
+def refuse_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise `ValueError` if parameters are sharded: values that are made later would be trained on no rank, or apart."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     sharded = any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if sharded or around(model, FullyShardedDataParallel):
+    of_deepspeed = "deepspeed" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower()
+    if sharded or of_deepspeed or around(model, FullyShardedDataParallel):
         raise ValueError(
             "GreenTrainer does not train under FSDP or DeepSpeed ZeRO, which shard the parameters once, at the start. Use "
             "DistributedDataParallel: a budgeted step keeps gradients and moments of the selected tensors only."

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from models import make_batch, make_model
 from peft import get_peft_model
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -25,10 +26,18 @@ def data():
     return [{name: value[i] for name, value in batch.items()} for batch in batches for i in range(2 * ROWS)]
 
 
-def loop(model, wrapped, rank, ranks):
+def count(sizes, bucket):
+    """A communication hook: reduces as ever, and notes how much."""
+    sizes[-1] += bucket.buffer().numel()
+    return allreduce_hook(None, bucket)
+
+
+def loop(model, wrapped, rank, ranks, sizes=None):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     history = []
     for step in range(STEPS):
+        if sizes is not None:
+            sizes.append(0)
         batch = make_batch("llama", rows=2 * ROWS, seed=step)
         wrapped(**{name: value[rank::ranks] for name, value in batch.items()}).loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -68,7 +77,9 @@ def main(what, folder):
     if what == "loop":
         dist.init_process_group("gloo")
         ddp = DistributedDataParallel(model, find_unused_parameters=False)
-        saved = {"gradients": loop(model, ddp, dist.get_rank(), dist.get_world_size())}
+        sizes = []
+        ddp.register_comm_hook(sizes, count)
+        saved = {"gradients": loop(model, ddp, dist.get_rank(), dist.get_world_size(), sizes), "reduced": sizes}
     else:
         train(model, folder, ROWS)
         saved = {}

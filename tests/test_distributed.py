@@ -1,5 +1,6 @@
 """Two processes on the CPU: the same selection on every rank, gradients synchronized, the run of one process."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 import ranks
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -58,6 +59,8 @@ def test_a_plain_loop_under_ddp_is_that_of_one_process_with_the_doubled_batch(tm
     gradients = ranks.loop(model, model, 0, 1)
     check(of_ranks, ranks.result(model))
     assert len({frozenset(of_step) for of_step in gradients}) > 1  # the selection did change
+    trained = [sum(gradient.numel() for gradient in of_step.values()) for of_step in gradients]
+    assert of_ranks[0]["reduced"] == of_ranks[1]["reduced"] == trained  # and nothing that is frozen
     for first, second, expected in zip(*(found["gradients"] for found in of_ranks), gradients):
         assert first.keys() == second.keys() == expected.keys()
         for name in expected:
@@ -78,6 +81,32 @@ def one_process(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+def test_states_under_fsdp1_are_saved_and_loaded(one_process):
+    """peft's own test of this: https://github.com/huggingface/peft, tests/test_custom_models.py"""
+    base = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    config = {"rho": 1.0, "init_weights": False}
+    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(**config))
+    expected = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    state = get_peft_model_state_dict(model, state_dict=wrapped.state_dict())
+    assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
+    other = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(**config))
+    set_peft_model_state_dict(other, state)
+    found = get_peft_model_state_dict(other)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+class DeepSpeedOptimizerWrapper(torch.optim.SGD):
+    """By its name the optimizer that accelerate gives with DeepSpeed."""
+
+
+def test_deepspeed_is_refused_at_the_start(one_process):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), GreenTrainerConfig(rho=1.0))
+    optimizer = DeepSpeedOptimizerWrapper([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match="Use DistributedDataParallel"):
+        model.base_model.update_and_allocate(0, optimizer)
 
 
 def test_sharded_parameters_are_refused_at_the_start(one_process):

@@ -14,6 +14,7 @@ from transformers.trainer_utils import SchedulerType
 
 from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig
 from peft_greentrainer.allocation import allocator_of
+from peft_greentrainer.importance import is_known
 
 
 def rows(kind, count=24):
@@ -60,6 +61,15 @@ def check(trainer, steps_before_the_last=1):
     assert selected <= set(grouped) and len(grouped) == len(set(grouped))
 
 
+SCHEDULES = {
+    "cosine_with_min_lr": {"lr_scheduler_kwargs": {"min_lr": 1e-4}},
+    "cosine_warmup_with_min_lr": {"lr_scheduler_kwargs": {"min_lr": 1e-4}},
+    "warmup_stable_decay": {"lr_scheduler_kwargs": {"num_decay_steps": 2}},
+    "reduce_lr_on_plateau": {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"},
+    "greedy": {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"},
+}
+
+
 def log_likelihood(outputs, labels, num_items_in_batch=None):
     return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
@@ -84,8 +94,10 @@ def log_likelihood(outputs, labels, num_items_in_batch=None):
             "config": {"target_modules": "all-linear"},
         },
         {"callbacks": 2},
-        *({"lr_scheduler_type": kind} for kind in ("constant_with_warmup", "cosine", "inverse_sqrt", "polynomial")),
-        {"lr_scheduler_type": "linear", "warmup_steps": 4},
+        *(
+            {"lr_scheduler_type": kind.value, "warmup_steps": 2} | SCHEDULES.get(kind.value, {})
+            for kind in SchedulerType
+        ),
     ],
     ids=str,
 )
@@ -94,7 +106,6 @@ def test_options_of_the_trainer(options, tmp_path):
     trainer.train()
     check(trainer)
     assert trainer.model.peft_config["default"].spent["steps"] == 6
-    assert SchedulerType(trainer.args.lr_scheduler_type)
 
 
 def test_the_seq2seq_trainer_generates(tmp_path):
@@ -279,6 +290,15 @@ def test_any_optimizer_with_groups(make_optimizer):
     assert 0 < model.base_model.selection.ratio <= 0.6
 
 
+def test_a_rule_that_is_not_the_optimizers_own_is_noted():
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.6))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for known in (torch.optim.SGD, torch.optim.AdamW, torch.optim.NAdam):
+        assert is_known(known(parameters))
+    with pytest.warns(UserWarning, match="that of Adafactor is not known"):
+        model.base_model.update_and_allocate(0, torch.optim.Adafactor(parameters))
+
+
 def test_evaluation_in_between_and_an_exception_in_a_probe_leave_no_trace(tmp_path):
     trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=1)
     model = trainer.model
@@ -299,3 +319,13 @@ def test_evaluation_in_between_and_an_exception_in_a_probe_leave_no_trace(tmp_pa
     trainer.train()
     check(trainer)
     assert tr.is_torch_available()
+
+
+def test_lightning():
+    pytest.importorskip("lightning")
+    import lightning_loop
+
+    tuning = lightning_loop.main()
+    selection = tuning.model.base_model.selection
+    assert selection.ratio <= 0.5
+    assert tuning.gflops[-1] / tuning.gflops[1] == pytest.approx(selection.ratio)  # the second step is the probe
