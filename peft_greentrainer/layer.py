@@ -11,7 +11,6 @@ The base tensor stays as it is, frozen. A tensor that was never selected has no 
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Set
 from functools import partial
@@ -23,23 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .lock import Lock
 from .trainable import can_be_trained
-
-
-class Lock:
-    """Two threads that run one module would see each other's swaps. Copies, and what is unpickled, have a lock of their own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exception: Any) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple:
-        return Lock, ()
 
 
 class GreenTrainerLayer(nn.Module, BaseTunerLayer):

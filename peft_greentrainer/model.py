@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Optional
@@ -15,6 +14,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
+from .checks import refuse_offloaded, refuse_wrapped_heads, tell_of_quantized
 from .config import GreenTrainerConfig
 from .delta import (
     ELSEWHERE,
@@ -22,14 +22,12 @@ from .delta import (
     base_name,
     check_fingerprint,
     fingerprint,
-    kind_of,
     tensor_of_key,
     without_wrappers,
 )
 from .embeddings import EmbeddingView
 from .layer import GreenTrainerLayer, wrap
 from .targets import TASK_HEADS, matches, plan_wrappers
-from .trainable import can_be_trained
 from .values import candidate_tensors, layers, set_selection, set_trainable, set_values, warn_if_never_selected
 
 
@@ -132,9 +130,9 @@ class GreenTrainerModel(BaseTuner):
         self._plan = plan_wrappers(peft_config, model)
         self._holders = _holders(model)
         found = candidate_tensors(self._plan, model)
-        _refuse_offloaded(model, self._plan)
-        _refuse_wrapped_heads(model, peft_config)
-        _tell_of_quantized(model, found)
+        refuse_offloaded(model, self._plan)
+        refuse_wrapped_heads(model, peft_config)
+        tell_of_quantized(model, found)
         if peft_config.tensors is None:
             sizes = {name: tensor.numel() for name, (tensor, _) in found.items()}
             peft_config.selected = _provisional_selection(sizes, peft_config.rho)
@@ -280,33 +278,3 @@ def _provisional_selection(sizes: dict[str, int], rho: float) -> list[str]:
             break
         selected.insert(0, name)
     return selected
-
-
-def _refuse_offloaded(model: nn.Module, keys: Iterable[str]) -> None:
-    for key in keys:
-        if getattr(getattr(model.get_submodule(key), "_hf_hook", None), "offload", False):
-            raise ValueError(
-                f"The weights of {key} are offloaded by accelerate, which puts them in place for each forward pass and so "
-                "over the trained ones. Load the base model without 'cpu' or 'disk' in its device_map."
-            )
-
-
-def _refuse_wrapped_heads(model: nn.Module, config: GreenTrainerConfig) -> None:
-    for key, module in model.named_modules():
-        if isinstance(module, GreenTrainerLayer) and any(key.endswith(name) for name in config.modules_to_save or ()):
-            raise ValueError(
-                f"modules_to_save names {key}, whose tensors are candidates of an earlier adapter. Add the adapter with "
-                "modules_to_save first, or give the earlier one exclude_modules."
-            )
-
-
-def _tell_of_quantized(model: nn.Module, candidates: Iterable[str]) -> None:
-    parameters = dict(model.named_parameters())
-    quantized = [name for name, parameter in parameters.items() if parameter.numel() and not can_be_trained(parameter)]
-    if quantized:
-        kinds = list(dict.fromkeys(map(kind_of, candidates)))
-        warnings.warn(
-            f"{len(quantized)} of {len(parameters)} tensors of this model are quantized and cannot be trained; gradients "
-            f"that pass through them cost as much as ever. Left to train: {', '.join(kinds)}.",
-            stacklevel=2,
-        )

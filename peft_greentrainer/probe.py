@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .around import around
+from .backward import open_probes
 from .cost import CostGraph
 from .passes import free_gradient, loss_of, record
 from .recorder import CostRecorder, tensors_in
@@ -182,8 +183,8 @@ class Probe:
                 self._opened.callback(parameter.requires_grad_, False)
                 self._opened.callback(parameter.register_post_accumulate_grad_hook(free_gradient).remove)
             self._opened.callback(parameter.register_hook(partial(self._arrived, name)).remove)
-        _open_probes.add(self)
-        self._opened.callback(_open_probes.discard, self)
+        open_probes.add(self)
+        self._opened.callback(open_probes.discard, self)
 
     def reopen(self) -> None:
         """Let everything require grad again, should an adapter have been set in between, as trl does for a reference."""
@@ -260,43 +261,6 @@ class _Graph:
 
     def __call__(self, grad: Tensor) -> None:
         pass
-
-
-class _OpenProbes(weakref.WeakSet):
-    """Records every backward pass while it is not empty.
-
-    Nothing tells when a backward pass begins, but whoever starts one goes through `torch.autograd.backward`.
-    """
-
-    def add(self, probe: Probe) -> None:
-        if not self:
-            self._backward = torch.autograd.backward
-            torch.autograd.backward = self._recorded
-        super().add(probe)
-
-    def discard(self, probe: Probe) -> None:
-        super().discard(probe)
-        if not self:
-            torch.autograd.backward = self._backward
-
-    def _recorded(self, *args: Any, **kwargs: Any) -> None:
-        nested = torch._C._current_graph_task_id() != -1  # reentrant checkpointing
-        recording = [] if nested else [probe for probe in self if not probe.complete]
-        try:
-            with ExitStack() as modes:
-                for probe in recording:
-                    probe.reopen()
-                    modes.enter_context(probe.recorder)
-                self._backward(*args, **kwargs)
-        except BaseException:
-            for probe in recording:
-                probe.backward_failed()
-            raise
-        for probe in recording:
-            probe.backward_is_done()
-
-
-_open_probes = _OpenProbes()
 
 
 def _scalar_of(output: Any) -> Tensor:

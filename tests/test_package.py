@@ -25,6 +25,7 @@ PLANNING = [
     "importance",
     "closures",
     "selection",
+    "backward",
     "probe",
 ]
 ADAPTER = [
@@ -33,6 +34,8 @@ ADAPTER = [
     "targets",
     "model",
     "values",
+    "checks",
+    "lock",
     "embeddings",
     "delta",
     "registration",
