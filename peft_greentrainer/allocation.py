@@ -69,20 +69,21 @@ class Allocator:
         adapter_name, config = self._active_adapter()
         self._keep_saving()
         set_trainable(self.model, adapter_name, config.selected)
+        rebuild_reducers(self.model)
         if self.selection is None and self._probe is None:
             self._arm(optimizer)
         self._last = step
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is resumed has to know, as JSON."""
-        _, config = self._active_adapter()
+        """What a run that is resumed has to know, as JSON; nothing before the first step."""
+        config, made = self._config, self.selection
+        if config is None:
+            return {}
         return {
             "selected": config.selected,
             "provisional": config.provisional,
             "spent": config.spent,
-            "selection": None
-            if self.selection is None
-            else asdict(self.selection) | {"tensors": sorted(self.selection.tensors)},
+            "selection": made and asdict(made) | {"tensors": sorted(made.tensors)},
             "importances": self.importances,
             "last": self._last,
             "probe": None if self._probe is None else self._probe.state_dict(),
@@ -91,11 +92,12 @@ class Allocator:
     def resume(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Go on where a run was stopped, with the values and the optimizer's state of its checkpoint loaded before."""
         adapter_name, config = self._active_adapter()
+        self.end()
         self._keep_saving()
         set_selection(self.model, adapter_name, state["selected"])
         config.provisional, config.spent = state["provisional"], state["spent"]
         kept = state["selection"]
-        self.selection = None if kept is None else Selection(**kept | {"tensors": frozenset(kept["tensors"])})
+        self.selection = kept and Selection(**kept | {"tensors": frozenset(kept["tensors"])})
         self.importances = dict(state["importances"])
         self._last = state["last"]
         if state["probe"] is not None:

@@ -34,7 +34,7 @@ def run(launcher, what, folder):
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=150)
+        output, _ = process.communicate(timeout=240)
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)  # and whoever it has started
