@@ -23,8 +23,15 @@ from .checkpointing import REENTRANT, is_reentrant, remove_hooks
 from .config import GreenTrainerConfig
 from .cost import CostGraph
 from .delta import VALUES, base_name
-from .distributed import from_first_rank, mean_over_ranks, rebuild_reducers, refuse_sharded
-from .importance import importance, is_known, update_rule
+from .distributed import (
+    from_first_rank,
+    mean_over_ranks,
+    of_all_ranks,
+    of_this_rank,
+    rebuild_reducers,
+    refuse_sharded,
+)
+from .importance import importance, is_known, unwrapped, update_rule
 from .param_groups import group_of, keep_in_step
 from .probe import Probe
 from .selection import Selection, select
@@ -58,6 +65,7 @@ class Allocator:
         self._config: GreenTrainerConfig | None = None
         self._probe: Probe | None = None
         self._last: int | None = None
+        self._measured: list[dict[str, Any]] | None = None  # what each rank's probe has so far
         self._passes_before = 0
         self._warned: set[str] = set()
 
@@ -86,7 +94,7 @@ class Allocator:
             "selection": made and asdict(made) | {"tensors": sorted(made.tensors)},
             "importances": self.importances,
             "last": self._last,
-            "probe": None if self._probe is None else self._probe.state_dict(),
+            "probe": self._measured,
         }
 
     def resume(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
@@ -102,7 +110,7 @@ class Allocator:
         self._last = state["last"]
         if state["probe"] is not None:
             self._arm(optimizer)
-            self._probe.load_state_dict(state["probe"])
+            self._probe.load_state_dict(of_this_rank(state["probe"]))
             self._passes_before = self._probe.passes
         rebuild_reducers(self.model)
 
@@ -138,8 +146,10 @@ class Allocator:
         due = self.selection is None or now + ahead - self._last >= interval
         if self._probe is None and due:
             self._arm(optimizer)
+        self._measured = None
         if self._probe is not None:
             self._passes_before = self._probe.passes
+            self._measured = of_all_ranks(self._probe.state_dict())
         spent = config.spent or {"steps": 0, "full_steps": 0.0}
         config.spent = {"steps": spent["steps"] + 1, "full_steps": spent["full_steps"] + cost}
 
@@ -188,7 +198,7 @@ class Allocator:
         rule = update_rule(optimizer)
         if not is_known(optimizer):
             self._warn_once(
-                f"Importance is that of the update which Adam would make; that of {type(optimizer).__name__} is not known."
+                f"Importance is that of the update which Adam would make; that of {type(unwrapped(optimizer)).__name__} is not known."
             )
 
         def measure(name: str, grad: Tensor) -> Tensor:

@@ -29,10 +29,23 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """The mean over all ranks of each value; where a rank has none (an expert that it did not use), it counts as zero."""
     if not _several():
         return values
-    of_ranks = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_ranks, values)
+    of_ranks = of_all_ranks(values)
     names = list(dict.fromkeys(name for of_rank in of_ranks for name in of_rank))
     return {name: sum(of_rank.get(name, 0.0) for of_rank in of_ranks) / len(of_ranks) for name in names}
+
+
+def of_all_ranks(value: T) -> list[T]:
+    """The values of every rank, in order."""
+    values = [value] * (dist.get_world_size() if _several() else 1)
+    if _several():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def of_this_rank(values: list[T]) -> T:
+    """The one of this rank; the first, where there are not so many."""
+    rank = dist.get_rank() if _several() else 0
+    return values[rank if rank < len(values) else 0]
 
 
 def from_first_rank(make: Callable[[], T]) -> T:

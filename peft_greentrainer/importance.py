@@ -27,16 +27,16 @@ def update_rule(optimizer: torch.optim.Optimizer) -> UpdateRule:
     Adam and its kin move a weight that has no moments yet by `lr * sign(grad)`. The moments of tensors that were
     trained before are left out on purpose: one rule for all, or what was not trained yet would always win.
     """
-    return "sgd" if isinstance(_unwrapped(optimizer), torch.optim.SGD) else "adam"
+    return "sgd" if isinstance(unwrapped(optimizer), torch.optim.SGD) else "adam"
 
 
 def is_known(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the rule is the optimizer's own: for SGD, and for Adam and its kin by name (`AdamW8bit`, `PagedAdamW`)."""
-    names = [cls.__name__.lower() for cls in type(_unwrapped(optimizer)).__mro__]
+    names = [cls.__name__.lower() for cls in type(unwrapped(optimizer)).__mro__]
     return any("adam" in name or name == "sgd" for name in names)
 
 
-def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """accelerate wraps the optimizer in a class of its own."""
     return getattr(optimizer, "optimizer", optimizer)
 

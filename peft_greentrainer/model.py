@@ -137,6 +137,7 @@ class GreenTrainerModel(BaseTuner):
             sizes = {name: tensor.numel() for name, (tensor, _) in found.items()}
             peft_config.selected = _provisional_selection(sizes, peft_config.rho)
             peft_config.tensors = dict.fromkeys(peft_config.selected)
+            peft_config.loaded_again()  # whatever is loaded now is loaded over values
             peft_config.provisional = True
         names = {other: name for name, (_, tied) in found.items() for other in tied}
         for name, expected in peft_config.tensors.items():

@@ -93,7 +93,7 @@ def set_trainable(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -
 
 def warn_if_never_selected(model: nn.Module, adapter_name: str) -> None:
     config = model.peft_config[adapter_name]
-    if not (config.provisional and config.init_weights):
+    if not (config.provisional and config.init_weights) or config.spent:  # it is being selected
         return
     moved = any(
         not value.is_meta and not torch.equal(value, layer.base_tensor(name).to(value.dtype))

@@ -100,6 +100,17 @@ def test_a_checkpoint_of_a_run_without_the_callback_is_gone_on_from(tmp_path):
     assert 0 < second.model.base_model.selection.ratio <= 0.6
 
 
+@pytest.mark.parametrize("step", [2, 4, 7])
+def test_resumed_on_a_model_that_was_trained_on_it_is_the_same_run(step, tmp_path):
+    whole = make_trainer(tmp_path)
+    whole.train()
+    expected = outputs(whole.model, "llama")
+    resumed = make_trainer(tmp_path / "resumed", model=whole.model.train())  # interrupted, and the cell run again
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert losses(resumed) == losses(whole)
+    assert torch.equal(outputs(resumed.model, "llama"), expected)
+
+
 def test_resumed_on_a_loaded_adapter_it_is_the_same_run(tmp_path):
     whole = make_trainer(tmp_path)
     whole.train()
