@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpointing import REENTRANT, is_reentrant, remove_hooks
+from .checkpointing import REENTRANT, can_save
 from .config import GreenTrainerConfig
 from .cost import CostGraph
 from .delta import VALUES, base_name
@@ -179,8 +179,7 @@ class Allocator:
         return adapter_name, config
 
     def _keep_saving(self) -> None:
-        remove_hooks(self.model)  # which may be installed at any time
-        if is_reentrant(self.model):
+        if not can_save(self.model):  # in every step: hooks may be installed at any time
             self._warn_once(REENTRANT)
 
     def _cost_of_step(self) -> float:

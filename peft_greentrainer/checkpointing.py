@@ -18,23 +18,15 @@ REENTRANT = (
 HOOKS = ("make_inputs_require_grad", "make_inputs_require_grads")
 
 
-def is_reentrant(model: nn.Module) -> bool:
-    """Whether gradient checkpointing is on in some module of the model, and of the reentrant kind."""
-    return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in _checkpointing(model))
-
-
-def remove_hooks(model: nn.Module) -> None:
-    """Remove the hooks that make inputs require grad, if checkpointing is on, and nowhere reentrant."""
-    if not _checkpointing(model) or is_reentrant(model):
-        return
-    for module in model.modules():
-        for handle, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__name__", "") in HOOKS:
-                del module._forward_hooks[handle]
-
-
-def _checkpointing(model: nn.Module) -> list:
-    """What runs the modules in which checkpointing is on."""
+def can_save(model: nn.Module) -> bool:
+    """Remove the hooks that make inputs require grad, if checkpointing is on; false, and none removed, if it is reentrant."""
     # Not by attribute access, for which a wrapper would ask its module.
     states = [vars(module) for module in model.modules()]
-    return [state["_gradient_checkpointing_func"] for state in states if state.get("gradient_checkpointing") is True]
+    runs = [state["_gradient_checkpointing_func"] for state in states if state.get("gradient_checkpointing") is True]
+    if any(getattr(run, "keywords", {}).get("use_reentrant", True) for run in runs):
+        return False
+    for hooks in [state["_forward_hooks"] for state in states if runs]:
+        for handle, hook in list(hooks.items()):
+            if getattr(hook, "__name__", "") in HOOKS:
+                del hooks[handle]
+    return True

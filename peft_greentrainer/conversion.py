@@ -20,11 +20,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .delta import VALUES
+from .delta import PREFIX, VALUES
 from .values import layers
-
-
-PREFIX = "base_model.model."
 
 
 class LoraConversion(NamedTuple):

@@ -21,6 +21,8 @@ from torch import Tensor
 
 
 VALUES = ".greentrainer_values."
+# What a `PeftModel` puts before the names of the base model.
+PREFIX = "base_model.model."
 SAMPLES = 8
 # A half-precision copy of the same base differs from it by less than this share of a value.
 HALF_PRECISION = 2**-7
@@ -34,7 +36,7 @@ def without_wrappers(name: str) -> str:
 
 def base_name(name: str) -> str:
     """The name in the base model of a module or a tensor of it, by its name in a model that is wrapped or compiled."""
-    return without_wrappers(name).removeprefix("base_model.model.")
+    return without_wrappers(name).removeprefix(PREFIX)
 
 
 def kind_of(name: str) -> str:

@@ -202,7 +202,7 @@ class GreenTrainerModel(BaseTuner):
         """Merge, as peft does; with `safe_merge`, look at every layer before the first is written."""
         if safe_merge:
             self._refuse_broken(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names)
 
     def _unload_and_optionally_merge(
         self,
@@ -216,7 +216,7 @@ class GreenTrainerModel(BaseTuner):
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
             warn_if_never_selected(self.model, adapter_name)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
 
     def _refuse_broken(self, adapter_names: Optional[list[str]]) -> None:
         for layer in layers(self.model).values():

@@ -259,3 +259,8 @@ def make_tokenizer():
     )
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return tr.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+
+
+def make_text(rows, words=12, shift=0):
+    """Sentences of the words of the tokenizer."""
+    return [" ".join(f"w{(7 * (row + shift) + word) % 90 + 4}" for word in range(words)) for row in range(rows)]

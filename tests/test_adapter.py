@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from loop import Loop
 from models import make_batch, make_model
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -562,12 +563,7 @@ def test_tensors_are_tied_again_without_harm(kind):
 @pytest.mark.parametrize("kind", ["llama-tied", "t5", "bart"])
 def test_one_use_of_a_tied_tensor_is_a_module_to_save(kind, tmp_path):
     model = get_peft_model(make_model(kind), GreenTrainerConfig(rho=0.9, modules_to_save=["lm_head"]))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(3):
-        model(**make_batch(kind, seed=step)).loss.backward()
-        optimizer.step()
-        model.base_model.update_and_allocate(step, optimizer)
-        optimizer.zero_grad()
+    Loop(model, kind).run(3)
     assert "lm_head.weight" in model.base_model.selection.tensors
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_model(kind), tmp_path)
@@ -579,12 +575,7 @@ def test_an_adapter_that_has_no_place_in_some_modules_is_trained_alone():
         model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.9, **first))
         model.add_adapter("second", GreenTrainerConfig(rho=0.9, **second))
         model.set_adapter("second")
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        for step in range(3):
-            model(**make_batch("llama", seed=step)).loss.backward()
-            optimizer.step()
-            model.base_model.update_and_allocate(step, optimizer)
-            optimizer.zero_grad()
+        Loop(model).run(3)
         assert model.base_model.selection.tensors
         assert all(".second." in name for name, p in model.named_parameters() if p.requires_grad)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import make_batch, make_model, make_tokenizer
+from models import make_batch, make_model, make_text, make_tokenizer
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -64,11 +64,10 @@ def test_checkpointing_in_the_sft_trainer_keeps_the_saving(ready, tmp_path):
     base = make_model("llama")
     config = GreenTrainerConfig(rho=0.65, task_type="CAUSAL_LM")
     model = get_peft_model(base, config) if ready else base
-    text = [" ".join(f"w{(7 * i + j) % 90 + 4}" for j in range(16)) for i in range(12)]
     trainer = counting(trl.SFTTrainer)(
         model,
         trl.SFTConfig(tmp_path, max_steps=3, per_device_train_batch_size=4, use_cpu=True, bf16=False, report_to=[]),
-        train_dataset=datasets.Dataset.from_dict({"text": text}),
+        train_dataset=datasets.Dataset.from_dict({"text": make_text(12, words=16)}),
         processing_class=make_tokenizer(),
         callbacks=[GreenTrainerCallback()],
         peft_config=None if ready else config,

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from loop import Loop
 from models import make_batch, make_model
 from peft import PeftModel, get_peft_model
 from test_adapter import outputs, train_a_little
@@ -178,12 +179,7 @@ def test_what_is_left_to_train_of_a_quantized_model_is_said_trained_and_saved(qu
         UserWarning, match=r"21 of 30 tensors .* quantized.*Left to train: .*model.norm.weight, lm_head"
     ):
         model = get_peft_model(quantized(), GreenTrainerConfig(rho=0.8))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(4):
-        model(**make_batch("llama", seed=step)).loss.backward()
-        optimizer.step()
-        model.base_model.update_and_allocate(step, optimizer)
-        optimizer.zero_grad()
+    Loop(model).run(4)
     assert 0 < model.base_model.selection.ratio <= 0.8
     model.save_pretrained(tmp_path / "delta")
     with warnings.catch_warnings():

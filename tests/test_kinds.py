@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import TASKS, make_batch, make_model, make_tokenizer
+from models import TASKS, make_batch, make_model, make_text, make_tokenizer
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -213,7 +213,6 @@ def test_every_selected_tensor_moves_in_code_that_reads_weights(kind):
 def test_the_fused_head_of_trl_trains_the_head(tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    text = [" ".join(f"w{(7 * i + j) % 90 + 4}" for j in range(12)) for i in range(8)]
     for loss_type in ("nll", "chunked_nll"):
         model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=1.0, task_type="CAUSAL_LM"))
         arguments = trl.SFTConfig(
@@ -227,7 +226,7 @@ def test_the_fused_head_of_trl_trains_the_head(tmp_path):
             use_cpu=True,
             report_to=[],
         )
-        dataset = datasets.Dataset.from_dict({"text": text})
+        dataset = datasets.Dataset.from_dict({"text": make_text(8)})
         head = model.get_base_model().lm_head
         before = head.base_layer.weight.clone()
         trainer = trl.SFTTrainer(

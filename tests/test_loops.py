@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as tr
 from accelerate import Accelerator
-from models import make_batch, make_model, make_tokenizer
+from models import make_batch, make_model, make_text, make_tokenizer
 from peft import PeftModel, get_peft_model
 from test_adapter import train_a_little
 from test_checkpointing import counting
@@ -143,14 +143,7 @@ def test_dpo_has_the_copied_adapter_as_its_reference(loaded, tmp_path):
                 parameter += 0.05 * torch.randn_like(parameter)
     started = {name: p.clone() for name, p in model.named_parameters() if ".greentrainer_values.default." in name}
 
-    def words(i):
-        return " ".join(f"w{(5 * i + j) % 90 + 4}" for j in range(8))
-
-    data = {
-        "prompt": [words(i) for i in range(8)],
-        "chosen": [words(i + 1) for i in range(8)],
-        "rejected": [words(i + 2) for i in range(8)],
-    }
+    data = {name: make_text(8, words=8, shift=i) for i, name in enumerate(("prompt", "chosen", "rejected"))}
     arguments = trl.DPOConfig(
         tmp_path,
         max_steps=4,

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from models import make_batch, make_model
+from loop import Loop
+from models import make_model
 from peft import PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from test_adapter import outputs, train_a_little
@@ -202,12 +203,7 @@ def test_a_delta_goes_between_plain_and_compiled_models(compiled_there, compiled
         return torch.compile(make_model("llama"), backend="eager") if compiled else make_model("llama")
 
     model = get_peft_model(base(compiled_there), GreenTrainerConfig())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(3):
-        model(**make_batch("llama", seed=step)).loss.backward()
-        optimizer.step()
-        model.base_model.update_and_allocate(step, optimizer)
-        optimizer.zero_grad()
+    Loop(model).run(3)
     assert model.base_model.selection.ratio <= 0.5
     model.save_pretrained(tmp_path)
     assert not any("_orig_mod" in name for name in model.peft_config["default"].tensors)

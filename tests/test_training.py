@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from benchmark_step import peak_bytes
+from loop import Loop
 from models import llama, make_batch, make_model
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -38,28 +39,6 @@ def values(model):
         for key, layer in layers(model.get_base_model()).items()
         for name, value in layer.greentrainer_values["default"].items()
     }
-
-
-class Loop:
-    """The plain loop of the README, one step at a time."""
-
-    def __init__(self, model, kind="llama", make_optimizer=None):
-        self.model, self.kind = model, kind
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(trainable) if make_optimizer else torch.optim.AdamW(trainable, lr=1e-2)
-        self.steps = 0
-
-    def step(self, batch=None, epoch=None):
-        output = self.model(**(batch or make_batch(self.kind, seed=self.steps)))
-        (output["loss"] if isinstance(output, dict) else output.loss).backward()
-        self.optimizer.step()
-        self.model.base_model.update_and_allocate(self.steps, self.optimizer, epoch=epoch)
-        self.optimizer.zero_grad()
-        self.steps += 1
-
-    @property
-    def selection(self):
-        return self.model.base_model.selection
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "gpt2", "t5", "bert", "mixture", "convnet"])
