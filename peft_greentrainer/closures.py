@@ -28,7 +28,9 @@ SLACK = 40
 PIVOTS = 6
 
 
-def most_valuable(needs: np.ndarray, costs: np.ndarray, value: np.ndarray, budget: int) -> np.ndarray:
+def most_valuable(
+    needs: np.ndarray, costs: np.ndarray, value: np.ndarray, budget: int, one_of: np.ndarray | None = None
+) -> np.ndarray:
     """The rows of the items that are worth most within the budget.
 
     Args:
@@ -36,11 +38,13 @@ def most_valuable(needs: np.ndarray, costs: np.ndarray, value: np.ndarray, budge
         costs: (C,) int64. What a set of items costs is the cost of the union of its operations.
         value: (N,) float, positive.
         budget: int, not negative.
+        one_of: (N,) int, at most one is taken of the items with the same number; None: any of them may be.
 
     Returns:
         (K,) int, never over the budget; optimal but for the rounding of costs where the order is series-parallel.
     """
-    problem = _Problem.of(needs, costs, value, budget)
+    one_of = np.arange(len(value)) if one_of is None else np.unique(one_of, return_inverse=True)[1]
+    problem = _Problem.of(needs, costs, value, budget, one_of)
     room = round(budget / problem.unit) + SLACK
     table = problem.optional(np.arange(len(problem.users)), _Table(np.zeros(room + 1), 0, None))
     while True:
@@ -48,7 +52,7 @@ def most_valuable(needs: np.ndarray, costs: np.ndarray, value: np.ndarray, budge
         chosen[list(_trace(table, room))] = True
         over = int(costs @ needs[chosen].any(axis=0)) - budget
         if over <= 0:
-            return np.flatnonzero(_filled(chosen, needs, costs, value, -over))
+            return np.flatnonzero(_filled(chosen, needs, costs, value, -over, one_of))
         room -= max(1, int(over / problem.unit / 2))
 
 
@@ -67,26 +71,31 @@ class _Problem:
     Attributes:
         users: (M, N) bool, the items that need a node. `a` is before `b` if `users[a]` is a superset of `users[b]`.
         cost: (M,) of the node itself.
-        items: for each node the items whose last need it is.
+        items: for each node the items whose last need it is, those of which one is taken at most together.
         own_cost, value: (N,) of the items.
         unit: the cost that is one unit of the tables.
     """
 
     users: np.ndarray
     cost: list[int]
-    items: list[np.ndarray]
+    items: list[list[np.ndarray]]
     own_cost: np.ndarray
     value: np.ndarray
     budget: int
     unit: int
 
     @classmethod
-    def of(cls, needs: np.ndarray, costs: np.ndarray, value: np.ndarray, budget: int) -> _Problem:
+    def of(
+        cls, needs: np.ndarray, costs: np.ndarray, value: np.ndarray, budget: int, one_of: np.ndarray
+    ) -> _Problem:
         count = needs.sum(axis=0)
         own_cost = np.zeros(len(needs), dtype=np.int64)
         np.add.at(own_cost, needs.argmax(axis=0)[count == 1], costs[count == 1])
 
-        operations, operation_of = _unique_rows(needs[:, count > 1].T)
+        # Forms of one tensor need the same shared operations; where recomputation makes them differ, both pay for all.
+        shared = np.zeros((one_of.max() + 1, np.count_nonzero(count > 1)), dtype=bool)
+        np.logical_or.at(shared, one_of, needs[:, count > 1])
+        operations, operation_of = _unique_rows(shared[one_of].T)
         patterns, pattern_of = _unique_rows(operations.T)
         users, node_of = _unique_rows(np.concatenate([operations, _users_of(patterns, operations)]))
         cost = np.zeros(len(users), dtype=np.int64)
@@ -94,7 +103,7 @@ class _Problem:
         last = node_of[len(operations) + pattern_of]
         by_node = np.argsort(last, kind="stable")
         ends = np.cumsum(np.bincount(last, minlength=len(users)))
-        items = [by_node[start:end] for start, end in zip([0, *ends], ends)]
+        items = [_together(by_node[start:end], one_of) for start, end in zip([0, *ends], ends)]
         # Layers of one shape have costs with a large common divisor: then little or nothing is rounded.
         common = int(np.gcd.reduce(costs)) or 1
         unit = common * max(1, round(budget / common / RESOLUTION))
@@ -120,13 +129,16 @@ class _Problem:
         best = best.copy()
         for node in nodes:
             spent += self.cost[node]
-            for item in self.items[node]:
-                units = round(self.own_cost[item] / self.unit)
-                if units < len(best):
-                    taken = best[: len(best) - units] + self.value[item]
-                    better = taken > best[units:]
-                    np.copyto(best[units:], taken, where=better)
-                    history = (history, item, units, better)
+            for alternatives in self.items[node]:
+                without, before = best, history
+                best = best.copy() if len(alternatives) > 1 else best
+                for item in alternatives:
+                    units = round(self.own_cost[item] / self.unit)
+                    if units < len(best):
+                        taken = without[: len(best) - units] + self.value[item]
+                        better = taken > best[units:]
+                        np.copyto(best[units:], taken, where=better)
+                        history = (history, item, units, better, before)
         return _Table(best, spent, history)
 
     def _branching(self, nodes: np.ndarray, table: _Table, pivots: int) -> _Table:
@@ -159,35 +171,45 @@ class _Problem:
         better = found > table.best[units:]
         best = table.best.copy()
         np.copyto(best[units:], found, where=better)
-        return _Table(best, table.spent, (table.history, other.history, units, better))
+        return _Table(best, table.spent, (table.history, None, units, better, other.history))
 
 
 def _trace(table: _Table, room: int) -> Iterator[int]:
     history = table.history
     while history is not None:
-        before, what, units, better = history
+        otherwise, item, units, better, taken_from = history
         if room < units or not better[room - units]:
-            history = before
-        elif isinstance(what, tuple) or what is None:
-            history = what
-            room -= units
+            history = otherwise
         else:
-            yield what
-            history = before
+            if item is not None:
+                yield item
+            history = taken_from
             room -= units
 
 
-def _filled(chosen: np.ndarray, needs: np.ndarray, costs: np.ndarray, value: np.ndarray, left: int) -> np.ndarray:
+def _filled(
+    chosen: np.ndarray, needs: np.ndarray, costs: np.ndarray, value: np.ndarray, left: int, one_of: np.ndarray
+) -> np.ndarray:
     """Add whatever still fits at its exact cost, the most valuable first."""
     paid = needs[chosen].any(axis=0)
     for i in np.argsort(-value, kind="stable"):
-        if not chosen[i]:
+        if one_of[i] not in one_of[chosen]:
             extra = int(costs @ (needs[i] & ~paid))
             if extra <= left:
                 chosen[i] = True
                 paid |= needs[i]
                 left -= extra
     return chosen
+
+
+def _together(items: np.ndarray, one_of: np.ndarray) -> list[np.ndarray]:
+    """The items, those of which one is taken at most together.
+
+    >>> _together(np.array([4, 7, 9]), one_of=np.array([0, 0, 0, 0, 1, 0, 0, 2, 0, 1]))
+    [array([4, 9]), array([7])]
+    """
+    _, kinds = np.unique(one_of[items], return_inverse=True)
+    return [items[kinds == kind] for kind in range(kinds.max() + 1)] if len(items) else []
 
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .forms import is_low_rank, low_rank_form
+from .low_rank import LowRank
 from .passes import loss_of, record
 from .recorder import CostRecorder, bits_of
 from .seconds import timed
@@ -116,12 +118,14 @@ class CostGraph:
         """(N, C) bool: needs that bound the cost of every set, whatever operations depend on.
 
         An attention whose bias is not trained runs its fused backward, which costs no less than the matrix products
-        that run instead if it is: so everybody pays for the kernel, and those products are the affair of the bias.
+        that run instead if it is: so everybody pays for the kernel, and those products are the affair of the bias. The
+        gradient that a low-rank update passes on runs only if it is of use nearer the input: the update pays for it.
         """
         if self.condition is None:
             return self.needs
         conditional = (self.condition >= 0) & self.runs_if
-        return self.needs & (~conditional | self.needs[:, self.condition])
+        low_rank = np.array([is_low_rank(name) for name in self.tensors])[:, None]
+        return self.needs & (~conditional | self.needs[:, self.condition] | low_rank)
 
     def _charged(self, needed: np.ndarray) -> np.ndarray:
         if self.condition is None:
@@ -157,13 +161,18 @@ class CostGraph:
         ]
         needs = np.unpackbits(np.stack(bits), axis=1, count=n_operations, bitorder="little").astype(bool)
 
-        # Operations that the same tensors need under the same condition are one class.
+        # Operations that the same tensors need under the same condition are one class, added ones apart.
         _, same_needs = np.unique(np.packbits(needs, axis=0), axis=1, return_inverse=True)
         condition, runs_if = np.full(n_operations, -1), np.ones(n_operations, dtype=bool)
         for operation, (on, wanted) in recorder.conditions.items():
             condition[operation], runs_if[operation] = same_needs.reshape(-1)[on], wanted
+        added = np.zeros(n_operations, dtype=bool)
+        added[list(bits_of(recorder.added))] = True
         kinds, first, class_of = np.unique(
-            np.stack([same_needs.reshape(-1), condition, runs_if]), axis=1, return_index=True, return_inverse=True
+            np.stack([same_needs.reshape(-1), condition, runs_if, added]),
+            axis=1,
+            return_index=True,
+            return_inverse=True,
         )
         costs = np.zeros(len(first), dtype=np.int64)
         np.add.at(costs, class_of.reshape(-1), np.array(recorder.costs, dtype=np.int64))
@@ -178,10 +187,10 @@ class CostGraph:
             condition=np.where(kinds[1] < 0, -1, np.searchsorted(kinds[0], kinds[1])) if recorder.conditions else None,
             runs_if=runs_if[first] if recorder.conditions else None,
         )
+        whole = [name for name in names if not is_low_rank(name)]
+        full_cost = replace(graph, costs=np.where(added[first], 0, costs)).cost(whole) - recorder.added_forward_cost
         rows = [i for i, name in enumerate(names) if name in candidates]
-        return replace(
-            graph, tensors=tuple(names[i] for i in rows), needs=graph.needs[rows], full_cost=graph.cost(names)
-        )
+        return replace(graph, tensors=tuple(names[i] for i in rows), needs=graph.needs[rows], full_cost=full_cost)
 
     @cached_property
     def _row(self) -> dict[str, int]:
@@ -194,6 +203,7 @@ def profile(
     *,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     candidates: Iterable[str] | None = None,
+    low_rank: int = 0,
     unit: Literal["flops", "seconds"] = "flops",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> CostGraph:
@@ -209,13 +219,20 @@ def profile(
         loss_fn: `loss_fn(output, batch)` gives the scalar loss, where the model's output has no `.loss`.
         candidates: names of parameters that may be selected; default: every floating-point parameter. The others
             still count in the cost of full fine-tuning.
+        low_rank: offer every weight of an `nn.Linear` as a low-rank update of this rank too, as the candidate
+            `low_rank_form(name)`; 0: whole tensors only. Not in seconds.
         unit: "flops", or "seconds" to time every operation, in a few passes; see `peft_greentrainer.seconds`.
         optimizer: for seconds, the optimizer whose pass over each trained tensor is added; default: `torch.optim.AdamW`.
 
     Raises:
-        ValueError: if the batch gives no loss, or seconds are asked for on the `meta` device.
+        ValueError: if the batch gives no loss, or seconds are asked for on the `meta` device or of low-rank forms.
     """
     parameters = {name: p for name, p in model.named_parameters() if can_be_trained(p)}
+    linear = {
+        low_rank_form(f"{key}.weight"): module
+        for key, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{key}.weight" in parameters
+    }
 
     def loss() -> Tensor:
         if isinstance(batch, Mapping):
@@ -225,10 +242,12 @@ def profile(
         return loss_fn(output, batch) if loss_fn is not None else loss_of(output)
 
     if unit == "seconds":
+        if low_rank:
+            raise ValueError("What a low-rank form would take is known in FLOPs only: use unit='flops'.")
         recorder = timed(model, loss, parameters, optimizer)
     elif unit == "flops":
-        recorder = CostRecorder()
+        recorder = CostRecorder(LowRank(low_rank, linear if low_rank else {}))
         record(recorder, model, loss, parameters, recorder.mark)
     else:
         raise ValueError(f"unit must be 'flops' or 'seconds'; got {unit!r}.")
-    return CostGraph.of(recorder, parameters if candidates is None else candidates)
+    return CostGraph.of(recorder, [*parameters, *linear] if candidates is None else candidates)

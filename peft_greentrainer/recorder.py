@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from .attention import NoticeTrainedBias
 from .forced import NoticeForcedGradient
 from .formulas import looks_like_matmul, missing_formulas
+from .low_rank import LowRank, NoticeLowRank
 
 
 _numbers = itertools.count()
@@ -37,15 +38,18 @@ class CostRecorder(TorchDispatchMode):
         ...     loss.backward()                       # hooks call recorder.mark(name, grad) as gradients arrive
         >>> graph = CostGraph.of(recorder, candidates)
 
-    It keeps no tensor alive: every tensor made in the backward pass carries the set of its costed ancestors, an int
+    What the updates of low-rank forms cost, forward and backward, is noted as added: full fine-tuning has none. It keeps no tensor alive: every tensor made in the backward pass carries the set of its costed ancestors, an int
     used as a bit set, as an attribute, whose name is this recorder's own.
     """
 
     unit: Literal["flops", "seconds"] = "flops"
 
-    def __init__(self) -> None:
+    def __init__(self, forms: LowRank = LowRank()) -> None:
         super().__init__()
+        self.forms = forms
         self.forward_cost = 0
+        self.added_forward_cost = 0
+        self.added = 0
         self._attribute = f"_costed_ancestors_{next(_numbers)}"
         self.costs = [0]  # bit 0 of a set of ancestors stands for no operation
         self.needed_by: dict[str, int] = {}
@@ -64,6 +68,8 @@ class CostRecorder(TorchDispatchMode):
         """What was recorded, as JSON: sets of operations in hexadecimal."""
         return {
             "forward_cost": self.forward_cost,
+            "added_forward_cost": self.added_forward_cost,
+            "added": hex(self.added),
             "costs": self.costs,
             "needed_by": {name: hex(bits) for name, bits in self.needed_by.items()},
             "forced": hex(self.forced),
@@ -73,6 +79,8 @@ class CostRecorder(TorchDispatchMode):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what was recorded."""
         self.forward_cost = state["forward_cost"]
+        self.added_forward_cost = state["added_forward_cost"]
+        self.added = int(state["added"], 16)
         self.costs = list(state["costs"])
         self.needed_by = {name: int(bits, 16) for name, bits in state["needed_by"].items()}
         self.forced = int(state["forced"], 16)
@@ -81,7 +89,7 @@ class CostRecorder(TorchDispatchMode):
     @contextmanager
     def forward(self) -> Iterator[None]:
         """For the forward pass: also notices what makes backward operations depend on more than the trained tensors."""
-        with self, NoticeTrainedBias(self), NoticeForcedGradient(self):
+        with self, NoticeLowRank(self, self.forms), NoticeTrainedBias(self), NoticeForcedGradient(self):
             yield
 
     def mark(self, name: str, grad: Tensor) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from .closures import most_valuable
 from .cost import CostGraph
+from .forms import is_low_rank, low_rank_form, tensor_of
 
 
 FORCED = (
@@ -39,11 +40,18 @@ class Selection:
         tensors: their names.
         ratio: cost of a training step with them over that of full fine-tuning, in the unit of the graph; at most rho.
         importance: the sum of their importances.
+        low_rank: those of the tensors that are trained as a low-rank update; the others are trained whole.
     """
 
     tensors: frozenset[str]
     ratio: float
     importance: float
+    low_rank: frozenset[str] = frozenset()
+
+    @property
+    def candidates(self) -> frozenset[str]:
+        """What the cost graph calls them: `graph.ratio(selection.candidates) == selection.ratio`."""
+        return (self.tensors - self.low_rank) | {low_rank_form(tensor) for tensor in self.low_rank}
 
 
 def select(graph: CostGraph, importance: Mapping[str, float], rho: float, always: Iterable[str] = ()) -> Selection:
@@ -55,8 +63,8 @@ def select(graph: CostGraph, importance: Mapping[str, float], rho: float, always
     Args:
         graph: see `profile`.
         importance: a finite, non-negative float per candidate; a candidate that is missing has none. Only proportions
-            matter.
-        rho: the budget, in (0, 1]. 1.0 selects every candidate, whatever its importance.
+            matter. Of the forms of a tensor (`profile(..., low_rank=8)`) at most one is taken.
+        rho: the budget, in (0, 1]. 1.0 selects every tensor, whatever its importance, and whole where that is offered.
         always: candidates that are trained in any case (task heads). They count in the budget.
 
     Raises:
@@ -76,7 +84,7 @@ def select(graph: CostGraph, importance: Mapping[str, float], rho: float, always
     fixed = np.zeros(len(graph.tensors), dtype=bool)
     fixed[graph.rows(always)] = True
     if rho == 1:
-        chosen = np.ones_like(fixed)
+        chosen = np.array([tensor_of(c) == c or tensor_of(c) not in graph.tensors for c in graph.tensors])
     else:
         budget = math.floor(rho * graph.full_cost) - graph.forward_cost
         _check_reachable(graph, rho, fixed)
@@ -88,9 +96,11 @@ def select(graph: CostGraph, importance: Mapping[str, float], rho: float, always
         if not chosen.any():
             chosen[graph.cheapest] = True
 
-    tensors = frozenset(graph.tensors[i] for i in np.flatnonzero(chosen))
-    selection = Selection(tensors, graph.ratio(tensors), float(value[chosen].sum()))
-    assert selection.ratio <= rho
+    candidates = {graph.tensors[i] for i in np.flatnonzero(chosen)}
+    tensors = frozenset(map(tensor_of, candidates))
+    low_rank = frozenset(map(tensor_of, filter(is_low_rank, candidates)))
+    selection = Selection(tensors, graph.ratio(candidates), float(value[chosen].sum()), low_rank)
+    assert selection.ratio <= rho and len(tensors) == len(candidates)
     return selection
 
 
@@ -112,10 +122,12 @@ def _check_reachable(graph: CostGraph, rho: float, fixed: np.ndarray) -> None:
 def _choose(graph: CostGraph, value: np.ndarray, budget: int, fixed: np.ndarray) -> np.ndarray:
     """The tensors to train, `fixed` among them, as a (N,) bool array."""
     paid = graph.bounded_needs[fixed].any(axis=0)
-    items = np.flatnonzero((value > 0) & ~fixed)
+    taken = {tensor_of(graph.tensors[i]) for i in np.flatnonzero(fixed)}
+    items = np.array([i for i in np.flatnonzero(value > 0) if tensor_of(graph.tensors[i]) not in taken], dtype=int)
     needs, costs = graph.bounded_needs[items][:, ~paid], graph.costs[~paid]
     budget -= int(graph.costs @ paid)
     chosen = fixed.copy()
     if len(items) and budget >= 0:
-        chosen[items[most_valuable(needs, costs, value[items], budget)]] = True
+        _, of_tensor = np.unique([tensor_of(graph.tensors[i]) for i in items], return_inverse=True)
+        chosen[items[most_valuable(needs, costs, value[items], budget, of_tensor)]] = True
     return chosen
