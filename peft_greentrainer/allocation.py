@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpointing import REENTRANT, can_save
 from .config import GreenTrainerConfig
@@ -31,11 +31,14 @@ from .distributed import (
     rebuild_reducers,
     refuse_sharded,
 )
-from .importance import importance, is_known, unwrapped, update_rule
+from .forms import candidate_of
+from .importance import is_known, unwrapped, update_rule
+from .measure import CrossBatch, SameBatch
 from .param_groups import group_of, keep_in_step
 from .probe import Probe
 from .selection import Selection, select
 from .trainable import can_be_trained
+from .updates import cost_of_updates, forms_of
 from .values import candidates, layers, set_selection, set_trainable, set_values
 
 
@@ -91,7 +94,7 @@ class Allocator:
             "selected": config.selected,
             "provisional": config.provisional,
             "spent": config.spent,
-            "selection": made and asdict(made) | {"tensors": sorted(made.tensors)},
+            "selection": made and asdict(made) | {"tensors": sorted(made.tensors), "low_rank": sorted(made.low_rank)},
             "importances": self.importances,
             "last": self._last,
             "probe": self._measured,
@@ -105,7 +108,8 @@ class Allocator:
         set_selection(self.model, adapter_name, state["selected"])
         config.provisional, config.spent = state["provisional"], state["spent"]
         kept = state["selection"]
-        self.selection = kept and Selection(**kept | {"tensors": frozenset(kept["tensors"])})
+        of_sets = kept and {name: frozenset(kept.get(name, ())) for name in ("tensors", "low_rank")}
+        self.selection = kept and Selection(**kept | of_sets)
         self.importances = dict(state["importances"])
         self._last = state["last"]
         if state["probe"] is not None:
@@ -185,7 +189,7 @@ class Allocator:
     def _cost_of_step(self) -> float:
         """What the step cost at most, in steps of full fine-tuning; before any selection that much."""
         share = 1.0 if self.selection is None else self.selection.ratio
-        return share if self._probe is None else self._probe.price(share)
+        return share if self._probe is None else self._probe.price(share) + cost_of_updates(self.model)
 
     def _arm(self, optimizer: torch.optim.Optimizer) -> None:
         adapter_name, config = self._active_adapter()
@@ -200,16 +204,22 @@ class Allocator:
                 f"Importance is that of the update which Adam would make; that of {type(unwrapped(optimizer)).__name__} is not known."
             )
 
-        def measure(name: str, grad: Tensor) -> Tensor:
-            return importance(grad, rule, rates.get(name, 1.0))
-
+        parameters = measured_parameters(self.model, adapter_name)
+        if config.provisional:  # factors that may be gone are measured like those that do not exist yet
+            parameters = {name: p for name, p in parameters.items() if candidate_of(name) == name}
+        if config.low_rank:
+            forms = forms_of(self.model, adapter_name)
+            measure = CrossBatch(rule, rates, set(candidates(self.model, config)), forms.gradient_of_b)
+            extra = {"forms": forms.costed, "batches": config.importance_batches + 1}
+        else:
+            measure, extra = SameBatch(rule, rates), {"batches": config.importance_batches}
         self._probe = Probe(
             self.model,
-            measured_parameters(self.model, adapter_name),
+            parameters,
             measure=measure,
-            batches=config.importance_batches,
             batch_size=config.probe_batch_size,
             time_with=optimizer if config.budget == "seconds" else None,
+            **extra,
         )
         self._probe.arm()
         self._passes_before = 0
@@ -218,7 +228,7 @@ class Allocator:
         self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, optimizer: torch.optim.Optimizer
     ) -> bool:
         own = set(candidates(self.model, config))
-        trained = {name for name, parameter in probe.trained().items() if name not in own}
+        trained = {name for name in probe.trained() if candidate_of(name) not in own}
         graph, importances = probe.read(own | trained)
         importances = mean_over_ranks(importances)
         if not all(map(math.isfinite, importances.values())):
@@ -227,17 +237,18 @@ class Allocator:
                 "a probe again. If this goes on, lower the learning rate or look for bad examples."
             )
             return False
-        if not any(importances.values()):
+        if not any(value > 0 for value in importances.values()):
             self._warn_once(
                 "Every gradient was zero in a probe (equal rewards, say), so the selection stays as it was; the next step "
                 "is a probe again. If this goes on, check that the loss has a gradient."
             )
             return False
 
-        of_graph = {name: importances.get(name, 0.0) for name in graph.tensors}
+        # Where batches disagree, an update would raise the loss.
+        of_graph = {name: max(0.0, importances.get(name, 0.0)) for name in graph.tensors}
         selection = from_first_rank(lambda: select(graph, of_graph, config.rho, always=trained))
         self.graph, self.importances, self.selection = graph, importances, selection
-        _apply(self.model, adapter_name, selection.tensors & own, optimizer)
+        _apply(self.model, adapter_name, selection.candidates & own, optimizer)
         return True
 
     def _warn_once(self, message: str) -> None:
@@ -247,7 +258,8 @@ class Allocator:
 
 
 def measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors."""
+    """Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors; and the
+    factors of low-rank updates."""
     found = {}
     for name, parameter in model.named_parameters():
         module, values, adapter_and_tensor = base_name(name).partition(VALUES)

@@ -85,9 +85,7 @@ class _Problem:
     unit: int
 
     @classmethod
-    def of(
-        cls, needs: np.ndarray, costs: np.ndarray, value: np.ndarray, budget: int, one_of: np.ndarray
-    ) -> _Problem:
+    def of(cls, needs: np.ndarray, costs: np.ndarray, value: np.ndarray, budget: int, one_of: np.ndarray) -> _Problem:
         count = needs.sum(axis=0)
         own_cost = np.zeros(len(needs), dtype=np.int64)
         np.add.at(own_cost, needs.argmax(axis=0)[count == 1], costs[count == 1])

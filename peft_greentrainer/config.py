@@ -35,6 +35,15 @@ class GreenTrainerConfig(PeftConfig):
         probe_batch_size (`int`, *optional*):
             Measure on the first rows of a batch only, in a pass of its own before the step. For those who can afford
             the memory of the budgeted step but not of a full one.
+        low_rank (`Union[int, str]`):
+            Offer every linear tensor in two forms, of which one is selected at most: whole, or as a low-rank update of
+            this rank, as in LoRA. `"only"`: linear tensors as low-rank updates only, of the rank `r`. 0: whole tensors
+            only, as in the paper. With low-rank forms importance is that of the update from one batch on the next, so
+            that a probe takes one batch more.
+        low_rank_lr (`float`):
+            The learning rate of low-rank updates, as a multiple of the optimizer's.
+        r (`int`):
+            The rank for `low_rank="only"`.
         target_modules (`Union[list[str], str]`, *optional*):
             The modules whose tensors may be trained: a list of names or a regular expression. Default: every module
             that owns floating-point parameters.
@@ -95,6 +104,20 @@ class GreenTrainerConfig(PeftConfig):
             )
         },
     )
+    low_rank: Union[int, str] = field(
+        default=0,
+        metadata={
+            "help": (
+                "Offer every linear tensor in two forms, of which one is selected at most: whole, or as a low-rank update "
+                "of this rank, as in LoRA. 'only': as low-rank updates only, of the rank r. 0: whole tensors only."
+            )
+        },
+    )
+    low_rank_lr: float = field(
+        default=10.0,
+        metadata={"help": "The learning rate of low-rank updates, as a multiple of the optimizer's."},
+    )
+    r: int = field(default=8, metadata={"help": "The rank for low_rank='only'."})
     target_modules: Optional[Union[list[str], str]] = field(
         default=None,
         metadata={
@@ -196,6 +219,14 @@ class GreenTrainerConfig(PeftConfig):
         _check("importance_batches", self.importance_batches, _is_count(self.importance_batches), "a number from 1")
         rows = self.probe_batch_size
         _check("probe_batch_size", rows, rows is None or _is_count(rows), "a number of rows from 1, or None")
+        low_rank = self.low_rank == "only" or self.low_rank == 0 or _is_count(self.low_rank)
+        _check("low_rank", self.low_rank, low_rank, "a rank from 1, 'only', or 0 for whole tensors only")
+        _check("low_rank_lr", self.low_rank_lr, _is_number(self.low_rank_lr) and self.low_rank_lr > 0, "positive")
+        _check("r", self.r, _is_count(self.r), "a rank from 1")
+        if self.low_rank and self.budget == "seconds":
+            raise ValueError(
+                "What a low-rank form would take is known in FLOPs only: set budget='flops', or low_rank=0."
+            )
         for name in ("target_modules", "exclude_modules"):
             patterns = getattr(self, name)
             if isinstance(patterns, str):

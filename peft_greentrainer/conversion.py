@@ -106,10 +106,10 @@ def export_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str,
     A tied tensor is there once, under the first of its names.
     """
     tensors = {
-        f"{key}.{tensor}": value.to(layer.base_tensor(tensor).dtype, copy=True)
+        f"{key}.{tensor}": layer.merged_tensor(adapter_name, tensor)
         for key, layer in layers(model).items()
         if adapter_name in layer.greentrainer_values
-        for tensor, value in layer.greentrainer_values[adapter_name].items()
+        for tensor in layer.own_changed_tensors([adapter_name])
     }
     return tensors | {key.removeprefix(PREFIX): t.clone() for key, t in _modules_to_save(model, adapter_name).items()}
 

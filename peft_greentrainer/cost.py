@@ -178,17 +178,18 @@ class CostGraph:
         np.add.at(costs, class_of.reshape(-1), np.array(recorder.costs, dtype=np.int64))
         graph = cls(
             tensors=tuple(names),
-            forward_cost=recorder.forward_cost,
+            forward_cost=recorder.forward_cost - recorder.added_forward_cost,
             full_cost=0,
-            costs=costs,
+            costs=np.where(added[first], 0, costs),
             needs=needs[:, first],
             unit=recorder.unit,
             forced_cost=sum(recorder.costs[operation] for operation in bits_of(recorder.forced)),
             condition=np.where(kinds[1] < 0, -1, np.searchsorted(kinds[0], kinds[1])) if recorder.conditions else None,
             runs_if=runs_if[first] if recorder.conditions else None,
         )
-        whole = [name for name in names if not is_low_rank(name)]
-        full_cost = replace(graph, costs=np.where(added[first], 0, costs)).cost(whole) - recorder.added_forward_cost
+        full_cost = graph.cost(name for name in names if not is_low_rank(name))
+        if not recorder.forms.provisional:
+            graph = replace(graph, forward_cost=recorder.forward_cost, costs=costs)
         rows = [i for i, name in enumerate(names) if name in candidates]
         return replace(graph, tensors=tuple(names[i] for i in rows), needs=graph.needs[rows], full_cost=full_cost)
 

@@ -1,6 +1,6 @@
 """The delta file: which entry belongs to which tensor, and whether it was made from this base.
 
-    >>> tensor_of_key("base_model.model.model.norm.greentrainer_values.weight")
+    >>> candidate_of_key("base_model.model.model.norm.greentrainer_values.weight")
     'model.norm.weight'
     >>> fingerprint(torch.ones(4, 2))
     {'shape': [4, 2], 'dtype': 'float32', 'samples': [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 'tied': []}
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .forms import candidate_of
 
 
 VALUES = ".greentrainer_values."
@@ -44,10 +46,10 @@ def kind_of(name: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
-def tensor_of_key(key: str) -> str:
-    """The base-model name of the tensor that an entry of the file holds the value of."""
-    module, _, tensor = base_name(key).partition(VALUES)
-    return f"{module}.{tensor}"
+def candidate_of_key(key: str) -> str:
+    """The candidate that an entry of the file belongs to, by its name in the base model."""
+    module, _, value = base_name(key).partition(VALUES)
+    return candidate_of(f"{module}.{value}")
 
 
 def fingerprint(tensor: Tensor, tied: Sequence[str] = ()) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .forms import candidate_of, tensor_of
 from .lock import Lock
 from .trainable import can_be_trained
 
@@ -84,16 +85,22 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         """Forget the value of a tensor, which is then its base tensor again."""
         del self.greentrainer_values[adapter_name][tensor]
 
+    def candidates_with_values(self, adapter_name: str) -> list[str]:
+        """The candidates of this module that have a value in the adapter."""
+        values = self.greentrainer_values[adapter_name] if adapter_name in self.greentrainer_values else ()
+        return list(dict.fromkeys(map(candidate_of, values)))
+
     def read_from(self, tensor: str, owner: GreenTrainerLayer, owned: str) -> None:
         """Take the value of a tensor from the wrapper that owns it: the two are tied, and so one tensor."""
         self._tied[tensor] = (owner, owned)
 
-    def set_selected(self, adapter_name: str, tensors: Set[str], trainable: bool = True) -> None:
-        """Train the values of these tensors and freeze the adapter's others."""
-        self._selected[adapter_name] = frozenset(tensors)
+    def set_selected(self, adapter_name: str, candidates: Set[str], trainable: bool = True) -> None:
+        """Train the values of these candidates and freeze the adapter's others."""
+        self._selected[adapter_name] = frozenset(candidates)
         for name, value in self.greentrainer_values[adapter_name].items():
-            value.requires_grad_(trainable and name in tensors)
-            if name not in tensors:
+            selected = candidate_of(name) in candidates
+            value.requires_grad_(trainable and selected)
+            if not selected:
                 value.grad = None
 
     def set_value_dtype(self, adapter_name: str, float32: bool) -> None:
@@ -106,7 +113,7 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
                 values[name] = nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad)
 
     def _value_dtype(self, adapter_name: str, tensor: str) -> torch.dtype:
-        dtype = self.base_tensor(tensor).dtype
+        dtype = self.base_tensor(tensor_of(candidate_of(tensor))).dtype
         return torch.float32 if self._float32_values[adapter_name] and dtype.itemsize < 4 else dtype
 
     # Tensors
@@ -121,7 +128,15 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         base = owner.base_tensor(name)
         if owner.merged or owner.disable_adapters:
             return base
-        return _combine(base, owner._values(owner.active_adapters).get(name, []))
+        return owner._adapted(base, name, owner.active_adapters)
+
+    def _adapted(self, base: Tensor, tensor: str, adapter_names: list[str]) -> Tensor:
+        """A tensor as these adapters make it out of its base."""
+        return _combine(base, self._values(adapter_names).get(tensor, []))
+
+    def own_changed_tensors(self, adapter_names: list[str]) -> list[str]:
+        """The tensors of this module that these adapters change, without those that it reads from another wrapper."""
+        return list(self._values(adapter_names))
 
     def _values(self, adapter_names: list[str]) -> dict[str, list[Tensor]]:
         """The values of these adapters, by tensor."""
@@ -151,9 +166,13 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         linear = isinstance(self.base_layer, (nn.Linear, Conv1D))
         return linear and can_be_trained(self.base_layer.weight)
 
+    def merged_tensor(self, adapter_name: str, tensor: str) -> Tensor:
+        """A copy of the tensor as merging the adapter would leave it."""
+        return self._adapted(self.base_data(tensor), tensor, [adapter_name]).clone()
+
     def changed_tensors(self, adapter_name: str) -> list[str]:
         """The tensors of this module that have a value in the adapter, be it that of the tensor they are tied to."""
-        own = self.greentrainer_values[adapter_name] if adapter_name in self.greentrainer_values else {}
+        own = self.own_changed_tensors([adapter_name])
         tied = [t for t, (owner, owned) in self._tied.items() if owned in owner.changed_tensors(adapter_name)]
         return [*own, *tied]
 
@@ -215,17 +234,18 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         if safe_merge:
             self.refuse_broken(adapter_names)
         self.merged_adapters = self.merged_adapters + adapter_names
-        for tensor, values in self._values(self.merged_adapters).items():
+        for tensor in self.own_changed_tensors(self.merged_adapters):
             with torch.inference_mode(False), torch.no_grad():  # or the model could never be trained again
-                merged = _combine(self.base_data(tensor), values).clone()
+                merged = self._adapted(self.base_data(tensor), tensor, self.merged_adapters).clone()
             self._unmerged.setdefault(tensor, self.base_tensor(tensor).data)
             self.base_tensor(tensor).data = merged
 
     def refuse_broken(self, adapter_names: Optional[list[str]]) -> None:
         """Raise `ValueError` if an adapter (default: an active one) has a value that is not finite."""
         for adapter in self.active_adapters if adapter_names is None else adapter_names:
-            for tensor, values in self._values([adapter]).items():
-                if not torch.isfinite(values[0]).all():
+            values = self.greentrainer_values[adapter] if adapter in self.greentrainer_values else {}
+            for tensor, value in values.items():
+                if not torch.isfinite(value).all():
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: its {tensor} is "
                         "not finite."
@@ -250,14 +270,14 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         # peft turns gradients on for an adapter as a whole; only selected values may have them.
         for adapter, values in self.greentrainer_values.items():
             for name, value in values.items():
-                if name not in self._selected[adapter]:
+                if candidate_of(name) not in self._selected[adapter]:
                     value.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
         values = self.greentrainer_values[adapter_name] if adapter_name in self.greentrainer_values else {}
         for name, value in list(values.items()):
             if value.device.type != "meta":
-                value.data = value.data.to(device or self.base_tensor(name).device)
+                value.data = value.data.to(device or self.base_tensor(tensor_of(candidate_of(name))).device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._selected.pop(adapter_name, None)
@@ -309,21 +329,8 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         return "greentrainer." + super().__repr__()
 
 
-class GreenTrainerLinear(GreenTrainerLayer):
-    """The wrapper of a linear module: by the name of this class peft finds it for the "all-linear" of a second adapter."""
-
-
 class GreenTrainerLayerNorm(GreenTrainerLayer, nn.LayerNorm):
     """The wrapper of an `nn.LayerNorm` is one too: transformers takes norms out of weight decay by their class."""
-
-
-def wrap(module: nn.Module, adapter_name: str) -> GreenTrainerLayer:
-    """The wrapper for this module."""
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return GreenTrainerLinear(module, adapter_name)
-    if isinstance(module, nn.LayerNorm):
-        return GreenTrainerLayerNorm(module, adapter_name)
-    return GreenTrainerLayer(module, adapter_name)
 
 
 def _combine(base: Tensor, values: list[Tensor]) -> Tensor:

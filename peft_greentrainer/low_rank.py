@@ -31,11 +31,13 @@ class LowRank:
         rank: of forms that do not exist yet.
         linear: the linear modules that such a form may be added to, by candidate; each calls `F.linear` or the like.
         updates: the modules that run the update of a form which exists; their products are no part of full fine-tuning.
+        provisional: whether those updates will be gone in the steps that the cost graph is about.
     """
 
     rank: int = 0
     linear: Mapping[str, nn.Module] = field(default_factory=dict)
     updates: tuple[nn.Module, ...] = ()
+    provisional: bool = False
 
 
 class Recorder(Protocol):

@@ -20,15 +20,26 @@ from .delta import (
     ELSEWHERE,
     VALUES,
     base_name,
+    candidate_of_key,
     check_fingerprint,
     fingerprint,
-    tensor_of_key,
     without_wrappers,
 )
 from .embeddings import EmbeddingView
-from .layer import GreenTrainerLayer, wrap
+from .forms import is_low_rank, low_rank_form, tensor_of
+from .layer import GreenTrainerLayer
+from .linear import GreenTrainerLinear, wrap
 from .targets import TASK_HEADS, matches, plan_wrappers
-from .values import candidate_tensors, layers, set_selection, set_trainable, set_values, warn_if_never_selected
+from .update import LowRankForm
+from .values import (
+    add_value,
+    candidate_tensors,
+    layers,
+    set_selection,
+    set_trainable,
+    set_values,
+    warn_if_never_selected,
+)
 
 
 class GreenTrainerModel(BaseTuner):
@@ -112,7 +123,7 @@ class GreenTrainerModel(BaseTuner):
             self.peft_config[adapter_name] = config = dataclasses.replace(config, spent=None)
         config.take_for_a_model()
         if state_dict is not None:
-            names = [tensor_of_key(key) for key in state_dict if VALUES in key]
+            names = [candidate_of_key(key) for key in state_dict if VALUES in key]
             config.tensors = {name: (config.tensors or {}).get(name) for name in names}
             config.provisional = False
         # Which modules to wrap follows from the config also where the file is at hand: tied tensors are read by
@@ -129,7 +140,7 @@ class GreenTrainerModel(BaseTuner):
     def _prepare_model(self, peft_config: GreenTrainerConfig, model: nn.Module) -> None:
         self._plan = plan_wrappers(peft_config, model)
         self._holders = _holders(model)
-        found = candidate_tensors(self._plan, model)
+        found = candidate_tensors(self._plan, model, peft_config)
         refuse_offloaded(model, self._plan)
         refuse_wrapped_heads(model, peft_config)
         tell_of_quantized(model, found)
@@ -180,17 +191,19 @@ class GreenTrainerModel(BaseTuner):
         own, tied = self._plan[current_key]
         if isinstance(target, GreenTrainerLayer):
             layer = target
-            layer.add_adapter(adapter_name)
+            form = {"form": LowRankForm.of(peft_config)} if isinstance(layer, GreenTrainerLinear) else {}
+            layer.add_adapter(adapter_name, **form)
         else:
-            layer = wrap(target, adapter_name)
+            layer = wrap(target, adapter_name, LowRankForm.of(peft_config))
             self._replace_module(parent, target_name, layer, target)
         for name, (owner, owned) in tied.items():
             layer.read_from(name, self.model.get_submodule(owner), owned)
-        for name in own:
-            if base_name(f"{current_key}.{name}") in peft_config.tensors:
-                layer.add_value(adapter_name, name, peft_config.init_weights)
+        candidates = {form: base_name(f"{current_key}.{form}") for name in own for form in (name, low_rank_form(name))}
+        for candidate in candidates.values():
+            if candidate in peft_config.tensors:
+                add_value(layer, adapter_name, candidate, peft_config.init_weights)
         trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
-        selected = {name for name in own if base_name(f"{current_key}.{name}") in peft_config.selected}
+        selected = {name for name, candidate in candidates.items() if candidate in peft_config.selected}
         layer.set_selected(adapter_name, selected, trainable)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -240,7 +253,7 @@ class GreenTrainerModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        in_file = {tensor_of_key(key) for key in state_dict if VALUES in key}
+        in_file = {candidate_of_key(key) for key in state_dict if VALUES in key}
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if in_file != set(config.tensors):  # a checkpoint of a run whose selection has changed since
             set_values(base, adapter_name, in_file)
@@ -270,10 +283,14 @@ def _provisional_selection(sizes: dict[str, int], rho: float) -> list[str]:
 
     >>> _provisional_selection({"a": 10, "b": 10, "c": 10, "d": 10}, rho=0.67)
     ['c', 'd']
+
+    Where low-rank forms are offered they are taken, and have next to no weight gradients.
     """
-    room = (1.5 * rho - 0.5) * sum(sizes.values())
+    low_rank = {tensor_of(name) for name in sizes if is_low_rank(name)}
+    offered = {name: size for name, size in sizes.items() if name not in low_rank}
+    room = (3 * rho - 1 if low_rank else 1.5 * rho - 0.5) * sum(offered.values())
     selected = []
-    for name, size in reversed(sizes.items()):
+    for name, size in reversed(offered.items()):
         room -= size
         if room < 0 and selected:
             break

@@ -1,6 +1,6 @@
 """A probe: measures cost and importance inside an ordinary training step.
 
-    >>> probe = Probe(model, parameters, measure=lambda name, grad: importance(grad, "adam", lr=1e-4))
+    >>> probe = Probe(model, parameters, measure=SameBatch("adam", rates={}))
     >>> probe.arm()
     >>> model(**batch).loss.backward()                # the next step, as the user's loop runs it
     >>> probe.complete
@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from .around import around
 from .backward import open_probes
 from .cost import CostGraph
+from .forms import candidate_of
+from .low_rank import LowRank
+from .measure import Measure
 from .passes import free_gradient, loss_of, record
 from .recorder import CostRecorder, tensors_in
 from .seconds import PASSES, TimedRecorder, timed
@@ -37,11 +40,12 @@ class Probe:
     Args:
         model: the module whose forward runs the step.
         parameters: what to measure, by name: for each tensor, the parameter that forward uses.
-        measure: `measure(name, grad)` gives the importance of one gradient, a scalar tensor; it is averaged over passes.
+        measure: gives the importance of candidates by the gradient of a parameter; it is averaged over passes.
         batches: number of forward and backward passes.
         batch_size: measure on so many rows, in a pass of its own; None: on the whole batch, in the step itself.
         time_with: for a cost in seconds, the optimizer that takes the steps: operations are timed before the first pass, in
             a few of their own. None: the cost is in FLOPs.
+        forms: the low-rank forms of the model, whose cost is noted too.
 
     A forward pass whose graph is dropped without a backward pass (a validation with gradients on, a skipped batch) does
     not count, and the model is as it was before once the graph is gone.
@@ -52,10 +56,11 @@ class Probe:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         *,
-        measure: Callable[[str, Tensor], Tensor],
+        measure: Measure,
         batches: int = 1,
         batch_size: int | None = None,
         time_with: torch.optim.Optimizer | None = None,
+        forms: LowRank = LowRank(),
     ) -> None:
         self.model = model
         self.parameters = parameters
@@ -64,13 +69,14 @@ class Probe:
         self.batch_size = batch_size
         self.time_with = time_with
         self.passes = 0
-        self.recorder = CostRecorder()
+        self.forms = forms
+        self.recorder = CostRecorder(forms)
         self._timed: TimedRecorder | None = None
         self._sums: dict[str, Tensor] = {}
         self._armed = ExitStack()
         self._opened = ExitStack()
         self._recording = ExitStack()
-        self._graphs: dict[int, int] = {}
+        self._graphs: dict[int, tuple[int, int]] = {}
         self._is_open = False
         self._frozen: list[nn.Parameter] = []
         self._arrived_now = False
@@ -126,13 +132,15 @@ class Probe:
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far, as JSON."""
         sums = {name: total.item() for name, total in self._sums.items()}
-        return {"passes": self.passes, "sums": sums, "recorder": self.recorder.state_dict()}
+        kept, recorded = self.measure.state_dict(), self.recorder.state_dict()
+        return {"passes": self.passes, "sums": sums, "measure": kept, "recorder": recorded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what was measured; but what was timed is timed again, from the start."""
         if self.time_with is None:
             self.passes = state["passes"]
             self._sums = {name: torch.tensor(total) for name, total in state["sums"].items()}
+            self.measure.load_state_dict(state["measure"])
             self.recorder.load_state_dict(state["recorder"])
 
     def read(self, candidates: Iterable[str]) -> tuple[CostGraph, dict[str, float]]:
@@ -146,7 +154,7 @@ class Probe:
         if torch.is_grad_enabled() and not self.complete and not self._in_own_pass:  # not an evaluation, say
             self._time(module, args, kwargs)
             self._open()
-            self._forward_cost_before = self.recorder.forward_cost
+            self._forward_costs_before = self.recorder.forward_cost, self.recorder.added_forward_cost
             self._recording.enter_context(self.recorder.forward())
             self._recording.callback(self._watch)
 
@@ -157,16 +165,18 @@ class Probe:
 
     def _watch(self) -> None:
         """Notice when the graph of this forward pass is gone: without a backward pass, it does not count."""
-        cost = self.recorder.forward_cost - self._forward_cost_before
+        before, added_before = self._forward_costs_before
         graph = _Graph()
-        self._graphs[id(graph)] = cost
+        self._graphs[id(graph)] = self.recorder.forward_cost - before, self.recorder.added_forward_cost - added_before
         weakref.finalize(graph, self._graph_is_gone, id(graph), self.recorder).atexit = False
         for tensor in _tensors(self._output):
             if tensor.requires_grad:
                 tensor.register_hook(graph)
 
     def _graph_is_gone(self, graph: int, recorder: CostRecorder) -> None:
-        recorder.forward_cost -= self._graphs.pop(graph, 0)
+        cost, added = self._graphs.pop(graph, (0, 0))
+        recorder.forward_cost -= cost
+        recorder.added_forward_cost -= added
         if not self._graphs:
             self.close()
 
@@ -195,14 +205,15 @@ class Probe:
         """One backward pass was recorded; it counts if it was one of this model."""
         if self._arrived_now:
             self._arrived_now = False
-            self._graphs = dict.fromkeys(self._graphs, 0)
+            self._graphs = dict.fromkeys(self._graphs, (0, 0))
             self.passes += 1
 
     def backward_failed(self) -> None:
         """What was recorded of a backward pass that was not finished means nothing: measure from the start."""
-        self.recorder = CostRecorder()
-        self._graphs = dict.fromkeys(self._graphs, 0)
+        self.recorder = CostRecorder(self.forms)
+        self._graphs = dict.fromkeys(self._graphs, (0, 0))
         self._sums.clear()
+        self.measure.reset()
         self.passes = 0
         self._arrived_now = False
 
@@ -210,8 +221,9 @@ class Probe:
         if grad is None:  # a custom function gave none
             return
         self._arrived_now = True
-        self.recorder.mark(name, grad)
-        self._sums[name] = self._sums.get(name, 0.0) + self.measure(name, grad)
+        self.recorder.mark(candidate_of(name), grad)
+        for candidate, measured in self.measure(name, grad).items():
+            self._sums[candidate] = self._sums.get(candidate, 0.0) + measured
 
     def _pass_of_its_own(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.complete or self._in_own_pass or not torch.is_grad_enabled():

@@ -12,13 +12,15 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from .config import GreenTrainerConfig
 from .delta import base_name, fingerprint
+from .forms import is_low_rank, low_rank_form
 from .layer import GreenTrainerLayer
+from .linear import can_be_low_rank
 from .targets import WrapperPlan, plan_wrappers
+from .update import seed_of
 
 
 def layers(model: nn.Module) -> dict[str, GreenTrainerLayer]:
@@ -26,8 +28,10 @@ def layers(model: nn.Module) -> dict[str, GreenTrainerLayer]:
     return {base_name(name): module for name, module in model.named_modules() if isinstance(module, GreenTrainerLayer)}
 
 
-def candidate_tensors(plan: WrapperPlan, model: nn.Module) -> dict[str, tuple[Tensor, list[str]]]:
-    """The base tensors that may be trained, by name, each with the other names that it is tied to."""
+def candidate_tensors(
+    plan: WrapperPlan, model: nn.Module, config: GreenTrainerConfig
+) -> dict[str, tuple[Tensor, list[str]]]:
+    """The base tensor of every candidate, each with the other names that it is tied to."""
     tied = defaultdict(list)
     for key, (_, readers) in plan.items():
         for name, (owner, owned) in readers.items():
@@ -35,22 +39,29 @@ def candidate_tensors(plan: WrapperPlan, model: nn.Module) -> dict[str, tuple[Te
     found = {}
     for key, (own, _) in plan.items():
         module = model.get_submodule(key)
+        wrapped = isinstance(module, GreenTrainerLayer)
+        linear = can_be_low_rank(module.base_layer if wrapped else module)
         for name, tensor in own.items():
-            data = module.base_data(name) if isinstance(module, GreenTrainerLayer) else tensor.data
-            found[base_name(f"{key}.{name}")] = data, tied[base_name(f"{key}.{name}")]
+            full_name = base_name(f"{key}.{name}")
+            data = module.base_data(name) if wrapped else tensor.data
+            low_rank = config.low_rank and linear and name == "weight" and not tied[full_name]
+            if not (low_rank and config.low_rank == "only"):
+                found[full_name] = data, tied[full_name]
+            if low_rank:
+                found[low_rank_form(full_name)] = data, []
     return found
 
 
 def candidates(model: nn.Module, config: GreenTrainerConfig) -> list[str]:
-    """The names of the tensors that the adapter with this config may train."""
-    return list(candidate_tensors(plan_wrappers(config, model), model))
+    """What the adapter with this config may train: tensors, and low-rank forms of them."""
+    return list(candidate_tensors(plan_wrappers(config, model), model, config))
 
 
 def set_values(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
-    """Make exactly these tensors have a value: missing ones start at the base tensor, others are dropped."""
+    """Make exactly these candidates have a value: missing ones start at the base tensor, others are dropped."""
     tensors = set(tensors)
     config = model.peft_config[adapter_name]
-    found = candidate_tensors(plan_wrappers(config, model), model)
+    found = candidate_tensors(plan_wrappers(config, model), model, config)
     if not tensors <= found.keys():
         raise ValueError(
             f"The adapter '{adapter_name}' has no place for {sorted(tensors - found.keys())[:3]}: was it made for this "
@@ -58,7 +69,7 @@ def set_values(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> N
         )
     wrappers = layers(model)
     for key, layer in wrappers.items():
-        for name in list(layer.greentrainer_values[adapter_name] if adapter_name in layer.greentrainer_values else ()):
+        for name in layer.candidates_with_values(adapter_name):
             if f"{key}.{name}" not in tensors:
                 layer.drop_value(adapter_name, name)
     old, config.tensors = config.tensors or {}, {}
@@ -66,9 +77,18 @@ def set_values(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> N
         if full_name in tensors:
             key, _, name = full_name.rpartition(".")
             layer = wrappers[key]
-            if name not in layer.greentrainer_values[adapter_name]:
-                layer.add_value(adapter_name, name)
+            if name not in layer.candidates_with_values(adapter_name):
+                add_value(layer, adapter_name, full_name)
             config.tensors[full_name] = old.get(full_name) or fingerprint(*found[full_name])
+
+
+def add_value(layer: GreenTrainerLayer, adapter_name: str, candidate: str, init_weights: bool = True) -> None:
+    """Create the value of a candidate, which is named as in the base model."""
+    name = candidate.rpartition(".")[2]
+    if is_low_rank(candidate):
+        layer.add_factors(adapter_name, name, init_weights, seed_of(candidate))
+    else:
+        layer.add_value(adapter_name, name, init_weights)
 
 
 def set_selection(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
@@ -86,7 +106,7 @@ def set_trainable(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -
     config = model.peft_config[adapter_name]
     for key, layer in layers(model).items():
         if adapter_name in layer.greentrainer_values:
-            selected = {name for name in layer.greentrainer_values[adapter_name] if f"{key}.{name}" in tensors}
+            selected = {name for name in layer.candidates_with_values(adapter_name) if f"{key}.{name}" in tensors}
             active = adapter_name in layer.active_adapters
             layer.set_selected(adapter_name, selected, trainable=active and not config.inference_mode)
 
@@ -96,10 +116,10 @@ def warn_if_never_selected(model: nn.Module, adapter_name: str) -> None:
     if not (config.provisional and config.init_weights) or config.spent:  # it is being selected
         return
     moved = any(
-        not value.is_meta and not torch.equal(value, layer.base_tensor(name).to(value.dtype))
+        not layer.base_tensor(tensor).is_meta and layer.get_delta_weight(adapter_name, tensor).any()
         for layer in layers(model).values()
         if adapter_name in layer.greentrainer_values and not layer.merged
-        for name, value in layer.greentrainer_values[adapter_name].items()
+        for tensor in layer.changed_tensors(adapter_name)
     )
     if moved:
         warnings.warn(

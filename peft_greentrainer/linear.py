@@ -1,0 +1,129 @@
+"""GreenTrainerLinear: the wrapper of a linear module, whose weight can be trained whole or as a low-rank update.
+
+    >>> layer = wrap(nn.Linear(8, 8), "default", LowRankForm(rank=2, lr=10.0))
+    >>> layer.add_factors("default", "weight_low_rank")          # two factors, as yet without effect
+    >>> layer.set_selected("default", {"weight_low_rank"})       # ... that are being trained
+
+What is learned in either form stays: an update is added to the whole value, or to the base tensor where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .forms import candidate_of, factors, low_rank_form
+from .layer import GreenTrainerLayer, GreenTrainerLayerNorm
+from .update import LowRankForm, LowRankUpdate
+
+
+FACTORS_OF_WEIGHT = factors(low_rank_form("weight"))
+
+
+class GreenTrainerLinear(GreenTrainerLayer):
+    """
+    Wraps a linear module. By the name of this class peft finds it for the "all-linear" of a second adapter.
+
+    Args:
+        base_layer (`nn.Linear` or `Conv1D`): The module to wrap.
+        adapter_name (`str`): The name of the first adapter.
+        form ([`LowRankForm`]): How the low-rank updates of that adapter are made.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, form: Optional[LowRankForm] = None) -> None:
+        self._forms: dict[str, Optional[LowRankForm]] = {adapter_name: form}
+        super().__init__(base_layer, adapter_name)
+
+    def add_adapter(self, adapter_name: str, form: Optional[LowRankForm] = None) -> None:
+        super().add_adapter(adapter_name)
+        self._forms.setdefault(adapter_name, form)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._forms.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def add_factors(self, adapter_name: str, candidate: str, init_weights: bool = True, seed: int = 0) -> None:
+        """Create the factors of a low-rank update, frozen: as yet without effect."""
+        self.greentrainer_update = LowRankUpdate()
+        form = self._forms[adapter_name]
+        first, second = form.factors(self.in_features, self.out_features, seed)
+        if not init_weights:
+            second += torch.randn_like(second) * 0.1 / form.lr
+        values = self.greentrainer_values[adapter_name]
+        for name, factor in zip(factors(candidate), (first, second)):
+            factor = factor.to(self.base_data("weight").device, self._value_dtype(adapter_name, name))
+            values[name] = nn.Parameter(factor, requires_grad=False)
+
+    def drop_value(self, adapter_name: str, tensor: str) -> None:
+        values = self.greentrainer_values[adapter_name]
+        for name in [name for name in values if candidate_of(name) == tensor]:
+            del values[name]
+
+    def all_factors(self) -> Iterator[nn.Parameter]:
+        """The factors of all adapters."""
+        for values in self.greentrainer_values.values():
+            yield from (value for name, value in values.items() if name in FACTORS_OF_WEIGHT)
+
+    def gradient_of_b(self, form: LowRankForm, seed: int, grad: Tensor) -> Tensor:
+        """The gradient that a new factor B would get, from that of the weight."""
+        return form.gradient_of_b(grad.T if isinstance(self.base_layer, Conv1D) else grad, seed)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = super().forward(x, *args, **kwargs)
+        if not (self.merged_adapters or self._disable_adapters):
+            for update in self._updates(self.active_adapters):
+                output = output + self.greentrainer_update(x, *update).to(output.dtype)
+        return output
+
+    def _updates(self, adapter_names: list[str]) -> Iterator[tuple[Tensor, Tensor, float]]:
+        of_adapter = self._modules["greentrainer_values"]._modules
+        first, second = FACTORS_OF_WEIGHT
+        for adapter in adapter_names:
+            values = of_adapter[adapter]._parameters if adapter in of_adapter else ()
+            if first in values:
+                yield values[first], values[second], self._forms[adapter].scale
+
+    def _values(self, adapter_names: list[str]) -> dict[str, list[Tensor]]:
+        found = super()._values(adapter_names)
+        for name in FACTORS_OF_WEIGHT:
+            found.pop(name, None)
+        return found
+
+    def own_changed_tensors(self, adapter_names: list[str]) -> list[str]:
+        updated = ["weight"] if any(self._updates(adapter_names)) else []
+        return list(dict.fromkeys([*super().own_changed_tensors(adapter_names), *updated]))
+
+    def _adapted(self, base: Tensor, tensor: str, adapter_names: list[str]) -> Tensor:
+        adapted = super()._adapted(base, tensor, adapter_names)
+        if tensor == "weight":
+            for update in self._updates(adapter_names):
+                adapted = (adapted + self._product(*update)).to(adapted.dtype)
+        return adapted
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str, tensor: str = "weight") -> Tensor:
+        delta = super().get_delta_weight(adapter_name, tensor)
+        updates = self._updates([adapter_name]) if tensor == "weight" else ()
+        return sum((self._product(*update) for update in updates), start=delta)
+
+    def _product(self, factor_a: Tensor, factor_b: Tensor, scale: float) -> Tensor:
+        product = factor_b @ factor_a * scale
+        return product.T if isinstance(self.base_layer, Conv1D) else product
+
+
+def wrap(module: nn.Module, adapter_name: str, form: Optional[LowRankForm] = None) -> GreenTrainerLayer:
+    """The wrapper for this module."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return GreenTrainerLinear(module, adapter_name, form)
+    if isinstance(module, nn.LayerNorm):
+        return GreenTrainerLayerNorm(module, adapter_name)
+    return GreenTrainerLayer(module, adapter_name)
+
+
+def can_be_low_rank(module: nn.Module) -> bool:
+    """Whether this module does what `F.linear` does: only then is an update of its output one of its weight."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)

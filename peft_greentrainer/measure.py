@@ -1,0 +1,138 @@
+"""What a probe takes from each gradient: the importance of the candidates that it tells about.
+
+    >>> measure = SameBatch("adam", rates={})                           # the paper's, for whole tensors
+    >>> measure("norm.weight", grad)
+    {'norm.weight': tensor(0.0421)}
+    >>> measure = CrossBatch("adam", rates={}, whole={"norm.weight"}, gradient_of_b={"q.weight": lambda grad: ...})
+    >>> measure("q.weight", grad_on_one_batch)                          # nothing to judge yet
+    {'q.weight_low_rank': tensor(0.)}
+    >>> measure("q.weight", grad_on_another)
+    {'q.weight_low_rank': tensor(0.0031)}
+
+Between forms of a tensor only a comparison across batches is fair. On the batch that it was made from, an update also fits
+the noise of that batch, and the more weights it has the more: of what is predicted there, less than a quarter is left on
+another batch, and for whole tensors less than for low-rank updates.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Callable, Mapping, Set
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .forms import candidate_of, factors, low_rank_form
+from .importance import UpdateRule, importance
+
+
+# So many evenly spread entries of a tensor stand for it, or what is kept between batches would be as large as the model.
+SAMPLE = 2**15
+
+
+class Measure(Protocol):
+    """Gives the importance of candidates by the gradient of a parameter, float32 scalars by name."""
+
+    def __call__(self, name: str, grad: Tensor) -> dict[str, Tensor]: ...
+
+    def reset(self) -> None:
+        """Forget what was kept."""
+
+    def state_dict(self) -> dict[str, str]:
+        """What is kept, as JSON."""
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None: ...
+
+
+class SameBatch:
+    """The paper's: the drop of the loss on the batch from which the update is made.
+
+    Args:
+        rule: see `update_rule`.
+        rates: the learning rate by parameter; 1 where it is not given, since only proportions matter.
+    """
+
+    def __init__(self, rule: UpdateRule, rates: Mapping[str, float]) -> None:
+        self.rule = rule
+        self.rates = rates
+
+    def __call__(self, name: str, grad: Tensor) -> dict[str, Tensor]:
+        return {name: importance(grad, self.rule, self.rates.get(name, 1.0))}
+
+    def reset(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, str]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        pass
+
+
+class CrossBatch:
+    """The drop of the loss on one batch from the update that the batch before would have made: `lr * sum(sign(g) * g')`.
+
+    It is negative where two batches disagree.
+
+    Args:
+        rule: see `update_rule`.
+        rates: the learning rate by parameter; 1 where it is not given.
+        whole: the tensors that may be trained whole.
+        gradient_of_b: for tensors whose low-rank form has no factors yet, what their gradient makes that of the factor B;
+            that of A is zero as long as B is.
+    """
+
+    def __init__(
+        self,
+        rule: UpdateRule,
+        rates: Mapping[str, float],
+        whole: Set[str],
+        gradient_of_b: Mapping[str, Callable[[Tensor], Tensor]],
+    ) -> None:
+        self.rule = rule
+        self.rates = rates
+        self.whole = whole
+        self.gradient_of_b = gradient_of_b
+        self._updates: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, grad: Tensor) -> dict[str, Tensor]:
+        lr = self.rates.get(name, 1.0)
+        found = {}
+        if name in self.whole or candidate_of(name) != name:
+            found[candidate_of(name)] = lr * self._judged(name, grad.to_dense() if grad.is_sparse else grad)
+        if name in self.gradient_of_b:
+            _, factor_b = factors(low_rank_form(name))
+            found[low_rank_form(name)] = lr * self._judged(factor_b, self.gradient_of_b[name](grad))
+        return found
+
+    def _judged(self, name: str, grad: Tensor) -> Tensor:
+        entries = grad.reshape(-1)
+        at = torch.linspace(0, len(entries) - 1, SAMPLE, dtype=torch.float64, device=grad.device).long()
+        sample = (entries if len(entries) <= SAMPLE else entries[at]).float()
+        update = self._updates.get(name)
+        self._updates[name] = sample.sign().to(torch.int8) if self.rule == "adam" else sample.to(torch.bfloat16)
+        if update is None:
+            return sample.new_zeros(())
+        return (update.to(sample.device) * sample).sum() * (len(entries) / len(sample))
+
+    def reset(self) -> None:
+        self._updates = {}
+
+    def state_dict(self) -> dict[str, str]:
+        return {name: _encoded(update) for name, update in self._updates.items()}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        dtype = torch.int8 if self.rule == "adam" else torch.bfloat16
+        self._updates = {name: _decoded(text, dtype) for name, text in state.items()}
+
+
+def _encoded(tensor: Tensor) -> str:
+    return base64.b64encode(zlib.compress(tensor.cpu().view(torch.uint8).numpy().tobytes(), 1)).decode()
+
+
+def _decoded(text: str, dtype: torch.dtype) -> Tensor:
+    raw = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
+    return torch.from_numpy(raw.copy()).view(dtype)
