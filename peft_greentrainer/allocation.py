@@ -244,8 +244,9 @@ class Allocator:
             )
             return False
 
-        # Where batches disagree, an update would raise the loss.
-        of_graph = {name: max(0.0, importances.get(name, 0.0)) for name in graph.tensors}
+        # Where two batches disagree, an importance is small, and what else is left of the budget may go there.
+        least = min(value for value in importances.values() if value > 0)
+        of_graph = {name: max(importances[name], least) for name in graph.tensors if name in importances}
         selection = from_first_rank(lambda: select(graph, of_graph, config.rho, always=trained))
         self.graph, self.importances, self.selection = graph, importances, selection
         _apply(self.model, adapter_name, selection.candidates & own, optimizer)

@@ -79,7 +79,15 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         value = base.to(registered.device, self._value_dtype(adapter_name, tensor), copy=True)
         if not init_weights:
             value += torch.randn_like(value) * 0.1
-        self.greentrainer_values[adapter_name][tensor] = nn.Parameter(value, requires_grad=False)
+        self._keep_value(adapter_name, tensor, value)
+
+    def _keep_value(self, adapter_name: str, name: str, value: Tensor) -> None:
+        values = self.greentrainer_values[adapter_name]
+        values[name] = nn.Parameter(value, requires_grad=False)
+        # In one order, whenever they came: an optimizer's state is loaded by position.
+        tensors = list(self.base_layer._parameters)
+        for kept in sorted(values, key=lambda kept: (tensors.index(tensor_of(candidate_of(kept))), kept)):
+            values[kept] = values.pop(kept)
 
     def drop_value(self, adapter_name: str, tensor: str) -> None:
         """Forget the value of a tensor, which is then its base tensor again."""

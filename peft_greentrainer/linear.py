@@ -53,10 +53,9 @@ class GreenTrainerLinear(GreenTrainerLayer):
         first, second = form.factors(self.in_features, self.out_features, seed)
         if not init_weights:
             second += torch.randn_like(second) * 0.1 / form.lr
-        values = self.greentrainer_values[adapter_name]
         for name, factor in zip(factors(candidate), (first, second)):
             factor = factor.to(self.base_data("weight").device, self._value_dtype(adapter_name, name))
-            values[name] = nn.Parameter(factor, requires_grad=False)
+            self._keep_value(adapter_name, name, factor)
 
     def drop_value(self, adapter_name: str, tensor: str) -> None:
         values = self.greentrainer_values[adapter_name]

@@ -74,6 +74,13 @@ CASES = [
     *((kind, {}) for kind in TASKS),
     ("bert-sequences", {"target_modules": ["query", "value"]}),
     ("llama-sequences", {"layers_to_transform": 1}),
+    ("mlp", {"low_rank": 2}),
+    ("mlp", {"low_rank": "only", "target_modules": ["lin0", "norm"], "modules_to_save": ["last"]}),
+    ("many kinds", {"low_rank": 2}),
+    ("llama-tied", {"low_rank": "only", "r": 2}),
+    ("gpt2", {"low_rank": 2}),
+    ("t5", {"low_rank": "only", "r": 2}),
+    ("bert-sequences", {"low_rank": 2, "target_modules": ["query", "value"]}),
 ]
 CHECKS = []
 
@@ -118,6 +125,11 @@ class Case:
     def same(self, output, expected):
         # Whether fused kernels run depends on what requires grad and on the class of a child.
         return torch.allclose(output, expected, rtol=0, atol=1e-6 if self.kind == "many kinds" else 0)
+
+    def same_merged(self, output, expected):
+        # As LoRA's: an update is rounded where it is added to the output, or to the weight.
+        tolerance = 1e-4 if "low_rank" in self.options else 0
+        return self.same(output, expected) or torch.allclose(output, expected, rtol=tolerance, atol=tolerance)
 
     def loss(self, model):
         output = model.train()(**self.batch())
@@ -259,7 +271,7 @@ def merged_is_what_it_was(case, path):
         model = case.model()
         output = case.output(model)
         merged = model.merge_and_unload(safe_merge=safe_merge)
-        assert type(merged) is type(case.base()) and case.same(case.output(merged), output)
+        assert type(merged) is type(case.base()) and case.same_merged(case.output(merged), output)
         assert not any(isinstance(module, GreenTrainerLayer) for module in merged.modules())
         assert not hasattr(merged, "peft_config")
 
@@ -271,11 +283,11 @@ def unmerging_and_unloading_restore_the_base_bit_for_bit(case, path):
     expected = case.base().state_dict()
     for _ in range(3):
         model.merge_adapter()
-        assert case.same(case.output(model), output)
+        assert case.same_merged(case.output(model), output)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is merged already
             model.merge_adapter()
-        assert case.same(case.output(model), output)
+        assert case.same_merged(case.output(model), output)
         model.unmerge_adapter()
         assert case.same(case.output(model), output)
     state = model.unload().state_dict()
