@@ -33,12 +33,12 @@ from .distributed import (
 )
 from .forms import candidate_of
 from .importance import is_known, unwrapped, update_rule
+from .low_rank_forms import cost_of_updates, forms_of
 from .measure import CrossBatch, SameBatch
 from .param_groups import group_of, keep_in_step
 from .probe import Probe
 from .selection import Selection, select
 from .trainable import can_be_trained
-from .updates import cost_of_updates, forms_of
 from .values import candidates, layers, set_selection, set_trainable, set_values
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .forms import is_low_rank, low_rank_form
-from .low_rank import LowRank
+from .low_rank_cost import LowRank
 from .passes import loss_of, record
 from .recorder import CostRecorder, bits_of
 from .seconds import timed

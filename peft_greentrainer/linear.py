@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .forms import candidate_of, factors, low_rank_form
 from .layer import GreenTrainerLayer, GreenTrainerLayerNorm
-from .update import LowRankForm, LowRankUpdate
+from .low_rank_update import LowRankForm, LowRankUpdate
 
 
 FACTORS_OF_WEIGHT = factors(low_rank_form("weight"))

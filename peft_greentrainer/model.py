@@ -29,8 +29,8 @@ from .embeddings import EmbeddingView
 from .forms import is_low_rank, low_rank_form, tensor_of
 from .layer import GreenTrainerLayer
 from .linear import GreenTrainerLinear, wrap
+from .low_rank_update import LowRankForm
 from .targets import TASK_HEADS, matches, plan_wrappers
-from .update import LowRankForm
 from .values import (
     add_value,
     candidate_tensors,

@@ -27,7 +27,7 @@ from .around import around
 from .backward import open_probes
 from .cost import CostGraph
 from .forms import candidate_of
-from .low_rank import LowRank
+from .low_rank_cost import LowRank
 from .measure import Measure
 from .passes import free_gradient, loss_of, record
 from .recorder import CostRecorder, tensors_in

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from .attention import NoticeTrainedBias
 from .forced import NoticeForcedGradient
 from .formulas import looks_like_matmul, missing_formulas
-from .low_rank import LowRank, NoticeLowRank
+from .low_rank_cost import LowRank, NoticeLowRank
 
 
 _numbers = itertools.count()

@@ -19,8 +19,8 @@ from .delta import base_name, fingerprint
 from .forms import is_low_rank, low_rank_form
 from .layer import GreenTrainerLayer
 from .linear import can_be_low_rank
+from .low_rank_update import seed_of
 from .targets import WrapperPlan, plan_wrappers
-from .update import seed_of
 
 
 def layers(model: nn.Module) -> dict[str, GreenTrainerLayer]:

@@ -16,8 +16,8 @@ from peft_greentrainer import GreenTrainerConfig, convert_to_lora, export_tensor
 from peft_greentrainer.allocation import allocator_of
 from peft_greentrainer.forms import factors, is_low_rank, low_rank_form, tensor_of
 from peft_greentrainer.formulas import flop_counter
+from peft_greentrainer.low_rank_update import LowRankForm
 from peft_greentrainer.measure import CrossBatch
-from peft_greentrainer.update import LowRankForm
 from peft_greentrainer.values import layers
 
 

@@ -15,6 +15,8 @@ import peft_greentrainer
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peft_greentrainer"
 PLANNING = [
+    "low_rank_cost",
+    "measure",
     "formulas",
     "attention",
     "forced",
@@ -29,6 +31,8 @@ PLANNING = [
     "probe",
 ]
 ADAPTER = [
+    "linear",
+    "low_rank_update",
     "config",
     "layer",
     "targets",
@@ -55,7 +59,7 @@ def imports(module):
     return names
 
 
-@pytest.mark.parametrize("module", ["trainable", "around", *PLANNING])
+@pytest.mark.parametrize("module", ["trainable", "around", "forms", *PLANNING])
 def test_planning_knows_nothing_of_peft(module):
     assert not imports(module) & {"peft", "transformers", "accelerate", *(f".{name}" for name in ADAPTER)}
 

@@ -10,6 +10,7 @@ from scipy.sparse import coo_array
 
 from peft_greentrainer import CostGraph, profile, select
 from peft_greentrainer.closures import most_valuable
+from peft_greentrainer.forms import tensor_of
 
 
 # Chains, and what is none: biases that all layers share, a parallel residual, cross-attention, a mixer, experts side by
@@ -51,7 +52,8 @@ def chain(n, seed):
 
 
 def optimum(graph, importance, rho):
-    """The importance of the best selection, by mixed-integer programming: a tensor needs its operations bought."""
+    """The importance of the best selection, by mixed-integer programming: a tensor needs its operations bought, and has one
+    form at most."""
     n, c = graph.needs.shape
     row, column = np.nonzero(graph.needs)
     pair = np.arange(len(row))
@@ -60,10 +62,13 @@ def optimum(graph, importance, rho):
         shape=(len(row), n + c),
     )
     budget = np.r_[np.zeros(n), graph.costs / graph.full_flops][None]
+    tensors, tensor = np.unique([tensor_of(name) for name in graph.tensors], return_inverse=True)
+    forms = coo_array((np.ones(n), (tensor, np.arange(n))), shape=(len(tensors), n + c))
     result = milp(
         -np.r_[[importance[name] for name in graph.tensors], np.zeros(c)],
         constraints=[
             LinearConstraint(needs.tocsr(), -np.inf, 0),
+            LinearConstraint(forms.tocsr(), -np.inf, 1),
             LinearConstraint(budget, -np.inf, rho - graph.forward_flops / graph.full_flops),
         ],
         integrality=np.ones(n + c),
@@ -80,6 +85,17 @@ def test_within_half_a_percent_of_the_optimum(graph, rho):
         importance = heavy_tailed(graph, seed)
         selection = select(graph, importance, rho)
         assert selection.importance >= 0.995 * optimum(graph, importance, rho)
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.6, 0.8])
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "gpt-neox", "bart", "mixture", "jamba", "mamba2"])
+def test_with_two_forms_within_half_a_percent_of_the_optimum(kind, rho):
+    graph = profile(make_model(kind), make_batch(kind), low_rank=2)
+    for seed in range(2):
+        importance = heavy_tailed(graph, seed)
+        selection = select(graph, importance, rho)
+        assert selection.importance >= 0.995 * optimum(graph, importance, rho)
+        assert len(selection.candidates) == len(selection.tensors)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -114,6 +130,25 @@ def test_brute_force_on_any_order(seed):
         chosen = most_valuable(needs, costs, value, budget)
         assert costs @ needs[chosen].any(axis=0) <= budget
         subsets = (list(s) for k in range(items + 1) for s in itertools.combinations(range(items), k))
+        best = max(value[s].sum() for s in subsets if costs @ needs[s].any(axis=0) <= budget)
+        assert value[chosen].sum() == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_brute_force_with_one_item_of_each_kind_at_most(seed):
+    random = np.random.default_rng(seed)
+    kinds, layers = 4, 3
+    one_of = np.repeat(np.arange(kinds), 2)
+    # Two forms of a tensor need the same of what is shared, and each something of its own.
+    shared = np.repeat(random.integers(1, layers + 1, kinds)[:, None] > np.arange(layers), 2, axis=0)
+    needs = np.concatenate([shared, np.eye(2 * kinds, dtype=bool)], axis=1)
+    costs, value = random.integers(1, 1000, layers + 2 * kinds), random.lognormal(0, 2, 2 * kinds)
+    for share in (0.2, 0.4, 0.6):
+        budget = int(share * costs.sum())
+        chosen = most_valuable(needs, costs, value, budget, one_of)
+        assert costs @ needs[chosen].any(axis=0) <= budget and len(set(one_of[chosen])) == len(chosen)
+        picks = itertools.product(*[(None, 2 * kind, 2 * kind + 1) for kind in range(kinds)])
+        subsets = [[i for i in pick if i is not None] for pick in picks]
         best = max(value[s].sum() for s in subsets if costs @ needs[s].any(axis=0) <= budget)
         assert value[chosen].sum() == pytest.approx(best)
 

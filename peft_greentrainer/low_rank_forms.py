@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .forms import is_low_rank, low_rank_form, tensor_of
 from .linear import GreenTrainerLinear
-from .low_rank import LowRank
-from .update import LowRankForm, seed_of
+from .low_rank_cost import LowRank
+from .low_rank_update import LowRankForm, seed_of
 from .values import candidates, layers
 
 
