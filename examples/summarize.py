@@ -201,25 +201,38 @@ class Batches:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, pairs: list[Pair]) -> tuple[dict[str, float], list[str]]:
-    """Return the scores of a model and its summaries."""
-    print("Evaluating ...", flush=True)
-    model.eval()
-    losses, tokens, summaries = [], [], []
-    for batch in DataLoader(pairs[:LOSS_PAIRS], EVALUATION_BATCH_SIZE, collate_fn=batches.for_training):
+def loss_of_token(model: nn.Module, batches: Batches, pairs: list[Pair]) -> float:
+    losses, tokens = [], []
+    for batch in DataLoader(pairs, EVALUATION_BATCH_SIZE, collate_fn=batches.for_training):
         tokens.append((batch["labels"] != -100).sum().item())
         losses.append(model(**batch).loss.item() * tokens[-1])
-    end = batches.tokenizer.eos_token_id
-    for prompts in DataLoader(pairs[:ROUGE_PAIRS], EVALUATION_BATCH_SIZE, collate_fn=batches.for_generation):
+    return sum(losses) / sum(tokens)
+
+
+@torch.no_grad()
+def write_summaries(model: nn.Module, batches: Batches, pairs: list[Pair]) -> list[str]:
+    summaries, end = [], batches.tokenizer.eos_token_id
+    for prompts in DataLoader(pairs, EVALUATION_BATCH_SIZE, collate_fn=batches.for_generation):
         sequences = model.generate(**prompts, do_sample=False, max_new_tokens=SUMMARY_TOKENS, pad_token_id=end)
         generated = sequences[:, prompts["input_ids"].shape[1] :]
         texts = batches.tokenizer.batch_decode(generated, skip_special_tokens=True)
         summaries += [" ".join(text.split()) for text in texts]
+    return summaries
 
+
+def rouge(pairs: list[Pair], summaries: list[str]) -> dict[str, float]:
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    rouge = [scorer.score(pair.summary, summary) for pair, summary in zip(pairs, summaries)]
-    scores = {kind.replace("rouge", "ROUGE-"): fmean(score[kind].fmeasure for score in rouge) for kind in rouge[0]}
-    return {"validation loss": sum(losses) / sum(tokens), **scores}, summaries
+    scores = [scorer.score(pair.summary, summary) for pair, summary in zip(pairs, summaries)]
+    return {kind.replace("rouge", "ROUGE-"): fmean(score[kind].fmeasure for score in scores) for kind in scores[0]}
+
+
+def evaluate(model: nn.Module, batches: Batches, pairs: list[Pair]) -> tuple[dict[str, float], list[str]]:
+    """Return the scores of a model and its summaries."""
+    print("Evaluating ...", flush=True)
+    model.eval()
+    summaries = write_summaries(model, batches, pairs[:ROUGE_PAIRS])
+    scores = {"validation loss": loss_of_token(model, batches, pairs[:LOSS_PAIRS]), **rouge(pairs, summaries)}
+    return scores, summaries
 
 
 def load_base(name: str | Path) -> nn.Module:

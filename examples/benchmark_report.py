@@ -1,0 +1,98 @@
+"""Tables and plots of what `benchmark.py` has measured.
+
+    pip install matplotlib
+    python examples/benchmark_report.py                        # of examples/results/benchmark.jsonl
+    python examples/benchmark_report.py other.jsonl
+
+Prints a table in markdown for every task, comparison and budget, sorted by loss, each number a mean over seeds with the
+standard deviation; and saves, next to the JSON lines, a plot of the loss over FLOPs for every task.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402
+
+
+RESULTS = Path(__file__).with_name("results") / "benchmark.jsonl"
+
+
+def grouped(lines: list[dict[str, Any]], *keys: str) -> dict[Any, list[dict[str, Any]]]:
+    groups = defaultdict(list)
+    for line in lines:
+        groups[tuple(line[key] for key in keys)].append(line)
+    return groups
+
+
+def mean(runs: list[dict[str, Any]], key: str) -> float:
+    return fmean(run[key] for run in runs)
+
+
+def with_spread(values: list[float]) -> str:
+    return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def print_table(runs: list[dict[str, Any]]) -> None:
+    scores = list(runs[0]["test"])
+    columns = ["method", "lr", "runs", "steps", "FLOPs", "seconds", *scores, "file MB", "memory MB"]
+    print("|".join(["", *columns, ""]))
+    print("|".join(["", "---", *["---:"] * (len(columns) - 1), ""]))
+    rows = []
+    for (method, lr), of_method in grouped(runs, "method", "lr").items():
+        cells = [
+            method,
+            f"{lr:g}",
+            str(len(of_method)),
+            f"{mean(of_method, 'steps'):.0f}",
+            f"{mean(of_method, 'flops_over_full_step'):.2f}",
+            f"{mean(of_method, 'seconds'):.1f}",
+            *(with_spread([run["test"][score] for run in of_method]) for score in scores),
+            f"{mean(of_method, 'file_bytes') / 1e6:.1f}",
+            f"{mean(of_method, 'peak_memory') / 1e6:,.0f}",
+        ]
+        rows.append((fmean(run["test"]["loss"] for run in of_method), cells))
+    for _, cells in sorted(rows):
+        print("|".join(["", *cells, ""]))
+
+
+def plot_losses(task: str, runs: list[dict[str, Any]], file: Path) -> None:
+    pyplot.figure(figsize=(8, 6))
+    for (method,), of_method in grouped(runs, "method").items():
+        points = []
+        for of_point in grouped(of_method, "comparison", "budget").values():
+            losses = [run["test"]["loss"] for run in of_point]
+            spread = stdev(losses) if len(losses) > 1 else 0
+            points.append((mean(of_point, "flops_over_full_step"), fmean(losses), spread))
+        flops, losses, spreads = zip(*sorted(points))
+        pyplot.errorbar(flops, losses, spreads, marker="o", capsize=3, label=method)
+    pyplot.title(task)
+    pyplot.xlabel("total FLOPs, in steps of full fine-tuning")
+    pyplot.ylabel("test loss")
+    pyplot.legend()
+    pyplot.grid(alpha=0.3)
+    pyplot.savefig(file, dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    results = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    lines = [json.loads(line) for line in results.open()]
+    runs = [line for line in lines if "test" in line]
+    keys = ("task", "comparison", "budget", "precision", "device")
+    for (task, comparison, budget, precision, device), of_table in sorted(grouped(runs, *keys).items()):
+        print(f"\n{task}: equal {comparison}, those of {budget} full steps ({precision}, {device})\n")
+        print_table(of_table)
+    for (task,), of_task in grouped(runs, "task").items():
+        plot_losses(task, of_task, results.with_name(f"{results.stem}-{task}.png"))
+
+
+if __name__ == "__main__":
+    main()
