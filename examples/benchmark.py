@@ -70,7 +70,7 @@ def result_of(job: dict[str, Any], args: Namespace, **costs: Any) -> dict[str, A
 def run(method: str, comparison: str, budget: int, lr: float, seed: int, args: Namespace) -> dict[str, Any]:
     full = result_of({"kind": "full"}, args)
     costs = {"step": 1, "overhead": 0}
-    if comparison != "steps":
+    if comparison != "steps" and method != "full":
         unit = "seconds" if comparison == "seconds" else "flops"
         costs = result_of({"kind": "calibration", "method": method, "unit": unit}, args)
     job = {"kind": "run", "method": method, "comparison": comparison, "budget": budget, "lr": lr, "seed": seed}

@@ -1,6 +1,6 @@
 """Tables and plots of what `benchmark.py` has measured.
 
-    pip install matplotlib
+    pip install -e ".[examples]"
     python examples/benchmark_report.py                        # of examples/results/benchmark.jsonl
     python examples/benchmark_report.py other.jsonl
 

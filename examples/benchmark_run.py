@@ -114,9 +114,9 @@ def calibrate(job: dict[str, Any], task: Any) -> dict[str, float]:
             training.step() if job["unit"] == "seconds" else training.counted_step()
             costs[kind].append(getattr(training, job["unit"]) - before)
     step = median(m / f for m, f in zip(costs["method"][STEPS_BEFORE:], costs["full"][STEPS_BEFORE:]))
-    # The first step of a process is slow for all: counted against a later one, it would be an overhead of full as well.
+    # The first step of a process is slow for both, so a ratio of first steps is an overhead and their seconds are not.
     first = sum(m / f - step for m, f in zip(costs["method"], costs["full"][:STEPS_BEFORE]))
-    return {"step": step, "overhead": once / fmean(costs["full"]) + first, "costs": costs}
+    return {"step": step, "overhead": once / costs["full"][0] + first, "costs": costs}
 
 
 def measure_full(job: dict[str, Any], task: Any) -> dict[str, list[int]]:
