@@ -5,9 +5,9 @@
     python examples/benchmark.py --task sentences --methods full lora greentrainer-0.5 --seeds 1
     python examples/benchmark_report.py
 
-A budget is what so many steps of full fine-tuning cost, with everything that a method spends on probes and profiles. The
-learning rate of a method is the best on the validation split at equal FLOPs, with a seed that the comparisons do not
-use. Every run appends a line to a file of JSON lines; what is there already is not run again, so the command goes on
+A budget is what so many steps of full fine-tuning cost, with everything that a method spends on probes and profiles. At
+every budget the learning rate of a method is the best on the validation split at equal FLOPs, with a seed that the
+comparisons do not use. Every run appends a line to a file of JSON lines; what is there already is not run again, so the command goes on
 where it was stopped. The runs themselves, and what their lines say, are in `benchmark_run.py`.
 """
 
@@ -45,7 +45,6 @@ def parse_arguments() -> Namespace:
     add("--budgets", type=int, nargs="+", default=[15, 30, 60], help="in steps of full fine-tuning")
     add("--methods", nargs="+", help=f"default: {' '.join(all_methods('summaries'))}")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
-    add("--tune-at", type=int, default=30, help="budget that learning rates are picked at (default: %(default)s)")
     add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of autocast; float32: without it")
     add("--cache", type=Path, default=cache, help="folder for the wheels (default: %(default)s)")
     add("--results", type=Path, default=RESULTS, help="file of JSON lines (default: %(default)s)")
@@ -79,12 +78,12 @@ def run(method: str, comparison: str, budget: int, lr: float, seed: int, args: N
     )
 
 
-def best_learning_rate(method: str, args: Namespace) -> float:
+def best_learning_rate(method: str, budget: int, args: Namespace) -> float:
     """The best of the learning rates of a method, and of more of them if it is the first or the last."""
     losses = {}
 
     def measure(lr: float) -> None:
-        losses[lr] = run(method, "tune", args.tune_at, lr, TUNING_SEED, args)["validation_loss"]
+        losses[lr] = run(method, "tune", budget, lr, TUNING_SEED, args)["validation_loss"]
 
     for lr in learning_rates(method):
         measure(lr)
@@ -96,9 +95,9 @@ def best_learning_rate(method: str, args: Namespace) -> float:
 def main() -> None:
     args = parse_arguments()
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    for method in args.methods:
-        lr = best_learning_rate(method, args)
-        for budget in args.budgets:
+    for budget in args.budgets:
+        for method in args.methods:
+            lr = best_learning_rate(method, budget, args)
             for seed in args.seeds:
                 run(method, args.comparison, budget, lr, seed, args)
 

@@ -64,13 +64,11 @@ def greentrainer(model: nn.Module, number: float, task: Any, **kwargs: Any) -> n
 
 
 def low_rank(model: nn.Module, number: float, task: Any, **kwargs: Any) -> nn.Module:
-    config = GreenTrainerConfig(rho=number, low_rank="only", probe_batch_size=1, task_type=task.task_type)
-    return get_peft_model(model, config)
+    return get_peft_model(model, GreenTrainerConfig(rho=number, low_rank="only", task_type=task.task_type))
 
 
 def both(model: nn.Module, number: float, task: Any, **kwargs: Any) -> nn.Module:
-    config = GreenTrainerConfig(rho=number, low_rank=8, probe_batch_size=1, task_type=task.task_type)
-    return get_peft_model(model, config)
+    return get_peft_model(model, GreenTrainerConfig(rho=number, low_rank=8, task_type=task.task_type))
 
 
 class Method(NamedTuple):

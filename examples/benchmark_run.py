@@ -156,12 +156,12 @@ def run(
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
     }
-    training.model.eval()
+    model = training.model.merge_and_unload() if isinstance(training.model, PeftModel) else training.model
+    model.eval().requires_grad_(True)  # autocast casts what is frozen anew for every token
     with training.autocast():
-        measured["validation_loss"] = task.validation_loss(training.model)
-    if job["comparison"] != "tune":
-        with training.autocast():
-            measured["test"] = task.test_scores(training.model)
+        measured["validation_loss"] = task.validation_loss(model)
+        if job["comparison"] != "tune":
+            measured["test"] = task.test_scores(model)
     return measured
 
 
