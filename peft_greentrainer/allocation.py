@@ -37,7 +37,7 @@ from .low_rank_forms import cost_of_updates, forms_of
 from .measure import CrossBatch, SameBatch
 from .param_groups import group_of, keep_in_step
 from .probe import Probe
-from .selection import Selection, select
+from .selection import Selection, everything_fits, select
 from .trainable import can_be_trained
 from .values import candidates, layers, set_selection, set_trainable, set_values
 
@@ -140,7 +140,7 @@ class Allocator:
                 "A step was to be a probe, and no forward and backward pass of the model was seen in it, so nothing was "
                 "measured; the next step is a probe again. Call the model itself, not a part of it, and then loss.backward()."
             )
-        if self._probe is not None and self._probe.complete:
+        if self._probe is not None and (self._probe.complete or self._nothing_to_choose(adapter_name, config)):
             measured, self._probe = self._probe, None
             if self._select(measured, adapter_name, config, optimizer):
                 self._last = now
@@ -229,7 +229,7 @@ class Allocator:
     ) -> bool:
         own = set(candidates(self.model, config))
         trained = {name for name in probe.trained() if candidate_of(name) not in own}
-        graph, importances = probe.read(own | trained)
+        graph, importances = probe.graph(own | trained), probe.importances()
         importances = mean_over_ranks(importances)
         if not all(map(math.isfinite, importances.values())):
             self._warn_once(
@@ -237,7 +237,7 @@ class Allocator:
                 "a probe again. If this goes on, lower the learning rate or look for bad examples."
             )
             return False
-        if not any(value > 0 for value in importances.values()):
+        if not (everything_fits(graph, config.rho) or any(value > 0 for value in importances.values())):
             self._warn_once(
                 "Every gradient was zero in a probe (equal rewards, say), so the selection stays as it was; the next step "
                 "is a probe again. If this goes on, check that the loss has a gradient."
@@ -245,12 +245,20 @@ class Allocator:
             return False
 
         # Where two batches disagree, an importance is small, and what else is left of the budget may go there.
-        least = min(value for value in importances.values() if value > 0)
+        least = min((value for value in importances.values() if value > 0), default=0.0)
         of_graph = {name: max(importances[name], least) for name in graph.tensors if name in importances}
         selection = from_first_rank(lambda: select(graph, of_graph, config.rho, always=trained))
         self.graph, self.importances, self.selection = graph, importances, selection
         _apply(self.model, adapter_name, selection.candidates & own, optimizer)
         return True
+
+    def _nothing_to_choose(self, adapter_name: str, config: GreenTrainerConfig) -> bool:
+        """Whether one pass was enough, since it tells that everything fits the budget."""
+        if self._probe.passes == 0 or config.budget == "seconds":
+            return False
+        trained = [name for name, parameter in self._probe.parameters.items() if parameter.requires_grad]
+        graph = self._probe.graph({*candidates(self.model, config), *trained})
+        return from_first_rank(lambda: everything_fits(graph, config.rho))
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

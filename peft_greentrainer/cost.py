@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .forms import is_low_rank, low_rank_form
+from .forms import is_low_rank, low_rank_form, tensor_of
 from .low_rank_cost import LowRank
 from .passes import loss_of, record
 from .recorder import CostRecorder, bits_of
@@ -112,6 +112,11 @@ class CostGraph:
     def cheapest(self) -> int:
         """The row of the tensor that reaches the floor."""
         return int(np.argmin(self._charged(self.needs) @ self.costs))
+
+    @cached_property
+    def dearest_forms(self) -> list[str]:
+        """Every tensor once, whole where that is offered."""
+        return [name for name in self.tensors if tensor_of(name) == name or tensor_of(name) not in self._row]
 
     @cached_property
     def bounded_needs(self) -> np.ndarray:

@@ -5,7 +5,8 @@
     >>> model(**batch).loss.backward()                # the next step, as the user's loop runs it
     >>> probe.complete
     True
-    >>> graph, importances = probe.read(parameters)   # and the model is as it was before
+    >>> probe.disarm()                                # the model is as it was before
+    >>> graph, importances = probe.graph(parameters), probe.importances()
 
 In that step every tensor requires grad. The gradients of tensors that are not being trained are freed as they arrive,
 so accumulated gradients, clipping and the optimizer see those of the trained ones, as always. With `batch_size` the
@@ -143,12 +144,13 @@ class Probe:
             self.measure.load_state_dict(state["measure"])
             self.recorder.load_state_dict(state["recorder"])
 
-    def read(self, candidates: Iterable[str]) -> tuple[CostGraph, dict[str, float]]:
-        """Disarm, and give the cost graph of the passes and the mean importance per tensor."""
-        assert self.complete
-        self.disarm()
-        importances = {name: total.item() / self.passes for name, total in self._sums.items()}
-        return CostGraph.of(self._timed or self.recorder, candidates), importances
+    def graph(self, candidates: Iterable[str]) -> CostGraph:
+        """The cost graph of the passes so far."""
+        return CostGraph.of(self._timed or self.recorder, candidates)
+
+    def importances(self) -> dict[str, float]:
+        """The mean importance of each candidate over the passes so far."""
+        return {name: total.item() / self.passes for name, total in self._sums.items()}
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not self.complete and not self._in_own_pass:  # not an evaluation, say

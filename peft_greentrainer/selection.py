@@ -64,7 +64,8 @@ def select(graph: CostGraph, importance: Mapping[str, float], rho: float, always
         graph: see `profile`.
         importance: a finite, non-negative float per candidate; a candidate that is missing has none. Only proportions
             matter. Of the forms of a tensor (`profile(..., low_rank=8)`) at most one is taken.
-        rho: the budget, in (0, 1]. 1.0 selects every tensor, whatever its importance, and whole where that is offered.
+        rho: the budget, in (0, 1]. Where it pays for every tensor, whole where that is offered, all of them are selected,
+            whatever their importance.
         always: candidates that are trained in any case (task heads). They count in the budget.
 
     Raises:
@@ -81,10 +82,10 @@ def select(graph: CostGraph, importance: Mapping[str, float], rho: float, always
         bad = [graph.tensors[i] for i in np.flatnonzero(~np.isfinite(value) | (value < 0))]
         raise ValueError(f"Importance must be finite and not negative; it is not for {bad[:3]}. Measure it again.")
 
-    fixed = np.zeros(len(graph.tensors), dtype=bool)
+    fixed, chosen = np.zeros((2, len(graph.tensors)), dtype=bool)
     fixed[graph.rows(always)] = True
-    if rho == 1:
-        chosen = np.array([tensor_of(c) == c or tensor_of(c) not in graph.tensors for c in graph.tensors])
+    if everything_fits(graph, rho):
+        chosen[graph.rows(graph.dearest_forms)] = True
     else:
         budget = math.floor(rho * graph.full_cost) - graph.forward_cost
         _check_reachable(graph, rho, fixed)
@@ -102,6 +103,11 @@ def select(graph: CostGraph, importance: Mapping[str, float], rho: float, always
     selection = Selection(tensors, graph.ratio(candidates), float(value[chosen].sum()), low_rank)
     assert selection.ratio <= rho and len(tensors) == len(candidates)
     return selection
+
+
+def everything_fits(graph: CostGraph, rho: float) -> bool:
+    """Whether there is nothing to choose: the budget pays for every tensor, whole where that is offered."""
+    return graph.ratio(graph.dearest_forms) <= rho
 
 
 def _check_reachable(graph: CostGraph, rho: float, fixed: np.ndarray) -> None:
