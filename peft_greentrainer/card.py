@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from .config import GreenTrainerConfig
 from .delta import kind_of
+from .forms import is_low_rank, tensor_of
+from .low_rank_update import LowRankForm
 
 
 BEGIN, END = "<!-- peft-greentrainer: begin -->", "<!-- peft-greentrainer: end -->"
@@ -74,7 +76,12 @@ def _usage(base, base_id: Optional[str]) -> str:
 def _training(config: GreenTrainerConfig, of_adapter: str) -> str:
     kinds = defaultdict(list)
     for name, print_ in (config.tensors or {}).items():
-        kinds[kind_of(name)].append(math.prod(print_["shape"]))
+        shape = print_["shape"]
+        if is_low_rank(name):
+            rank = LowRankForm.of(config).rank
+            kinds[f"`{kind_of(tensor_of(name))}`, low-rank update"].append(rank * sum(shape))
+        else:
+            kinds[f"`{kind_of(name)}`"].append(math.prod(shape))
     unit, bound = {"flops": ("FLOPs", "at most"), "seconds": ("seconds", "about")}[config.budget]
     lines = [
         f"## How it was trained{of_adapter}",
@@ -89,7 +96,7 @@ def _training(config: GreenTrainerConfig, of_adapter: str) -> str:
             + (f": {math.floor(100 * (1 - full / steps))} % were saved." if full < steps else ".")
         )
     lines += ["", "| changed tensors | number | weights |", "|---|---|---|"]
-    lines += [f"| `{kind}` | {len(sizes)} | {sum(sizes):,} |" for kind, sizes in kinds.items()]
+    lines += [f"| {kind} | {len(sizes)} | {sum(sizes):,} |" for kind, sizes in kinds.items()]
     lines += [f"| in all | {sum(map(len, kinds.values()))} | {sum(map(sum, kinds.values())):,} |"]
     if config.modules_to_save:
         lines += ["", f"Trained as a whole beside them: {', '.join(f'`{m}`' for m in config.modules_to_save)}."]
