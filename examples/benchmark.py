@@ -4,6 +4,8 @@
     python examples/benchmark.py --task summaries --comparison flops --budgets 15 30 60
     python examples/benchmark.py --task sentences --methods full lora greentrainer-0.5 --seeds 1
     python examples/benchmark_report.py
+    python examples/benchmark.py --comparison steps --budgets 40 --lr 4e-4 --results examples/results/ablation.jsonl \\
+        --methods one-pass-0.5 two-pass-0.5 cross-batch-0.5 fisher-0.5 snip-0.5 magnitude-0.5 random-0.5
 
 A budget is what so many steps of full fine-tuning cost, with everything that a method spends on probes and profiles. At
 every budget the learning rate of a method is the best on the validation split at equal FLOPs, with a seed that the
@@ -45,6 +47,7 @@ def parse_arguments() -> Namespace:
     add("--budgets", type=int, nargs="+", default=[15, 30, 60], help="in steps of full fine-tuning")
     add("--methods", nargs="+", help=f"default: {' '.join(all_methods('summaries'))}")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
+    add("--lr", type=float, help="learning rate of all methods (default: the best of each)")
     add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of autocast; float32: without it")
     add("--cache", type=Path, default=cache, help="folder for the wheels (default: %(default)s)")
     add("--results", type=Path, default=RESULTS, help="file of JSON lines (default: %(default)s)")
@@ -97,7 +100,7 @@ def main() -> None:
     args.results.parent.mkdir(parents=True, exist_ok=True)
     for budget in args.budgets:
         for method in args.methods:
-            lr = best_learning_rate(method, budget, args)
+            lr = args.lr or best_learning_rate(method, budget, args)
             for seed in args.seeds:
                 run(method, args.comparison, budget, lr, seed, args)
 

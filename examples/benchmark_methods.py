@@ -1,6 +1,6 @@
 """The methods of `benchmark.py`: which parameters of a model they train, and learning rates to try first.
 
-    >>> model = build("lora-last-15", base, task, batch)
+    >>> model = build("lora-last-15", base, task, batches, lr=2e-3)
     >>> learning_rates("lora-last-15")
     [0.001, 0.002, 0.004]
 
@@ -8,10 +8,11 @@ A name may end in a number: blocks, counted from the last, or rho.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
-import torch
+from benchmark_importance import METRICS
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -32,10 +33,15 @@ def freeze(model: nn.Module, number: float, **kwargs: Any) -> nn.Module:
     return model
 
 
-def random_tensors(model: nn.Module, number: float, batch: dict[str, Tensor], **kwargs: Any) -> nn.Module:
-    """GreenTrainer's selection with importances drawn at random."""
-    graph = profile(model.train(), batch)
-    importance = dict(zip(graph.tensors, torch.rand(len(graph.tensors)).tolist()))
+def selected(
+    model: nn.Module, number: float, batches: Iterator[dict[str, Tensor]], lr: float, metric: str, **kwargs: Any
+) -> nn.Module:
+    """Select once, before training, by some importance; what that measures is paid for."""
+    model.train()
+    importance = METRICS[metric](model, batches, lr)
+    graph = profile(model, next(batches))
+    # Where batches disagree an importance is negative: the least there is.
+    importance = {name: max(importance[name], 0.0) for name in graph.tensors}
     heads = [name for name in graph.tensors if name.startswith("classifier.")]
     selection = select(graph, importance, number, always=heads)
     for name, parameter in model.named_parameters():
@@ -59,16 +65,8 @@ def lora_last(model: nn.Module, number: float, task: Any, **kwargs: Any) -> nn.M
     return get_peft_model(model, config)
 
 
-def greentrainer(model: nn.Module, number: float, task: Any, **kwargs: Any) -> nn.Module:
-    return get_peft_model(model, GreenTrainerConfig(rho=number, task_type=task.task_type))
-
-
-def low_rank(model: nn.Module, number: float, task: Any, **kwargs: Any) -> nn.Module:
-    return get_peft_model(model, GreenTrainerConfig(rho=number, low_rank="only", task_type=task.task_type))
-
-
-def both(model: nn.Module, number: float, task: Any, **kwargs: Any) -> nn.Module:
-    return get_peft_model(model, GreenTrainerConfig(rho=number, low_rank=8, task_type=task.task_type))
+def greentrainer(model: nn.Module, number: float, task: Any, options: dict[str, Any], **kwargs: Any) -> nn.Module:
+    return get_peft_model(model, GreenTrainerConfig(rho=number, task_type=task.task_type, **options))
 
 
 class Method(NamedTuple):
@@ -79,19 +77,21 @@ class Method(NamedTuple):
 METHODS = {
     "full": Method(full, [1e-4, 2e-4, 4e-4]),
     "freeze": Method(freeze, [2e-4, 4e-4, 8e-4]),
-    "random": Method(random_tensors, [2e-4, 4e-4, 8e-4]),
+    **{metric: Method(partial(selected, metric=metric), [2e-4, 4e-4, 8e-4]) for metric in METRICS},
     "lora": Method(lora, [1e-3, 2e-3, 4e-3]),
     "lora-last": Method(lora_last, [1e-3, 2e-3, 4e-3]),
-    "greentrainer": Method(greentrainer, [2e-4, 4e-4, 8e-4]),
-    "low-rank": Method(low_rank, [1e-4, 2e-4, 4e-4]),
-    "both": Method(both, [1e-4, 2e-4, 4e-4]),
+    "greentrainer": Method(partial(greentrainer, options={}), [2e-4, 4e-4, 8e-4]),
+    "greentrainer-every-epoch": Method(partial(greentrainer, options={"reselect": "epoch"}), [2e-4, 4e-4, 8e-4]),
+    "greentrainer-every-20": Method(partial(greentrainer, options={"reselect": 20}), [2e-4, 4e-4, 8e-4]),
+    "low-rank": Method(partial(greentrainer, options={"low_rank": "only"}), [1e-4, 2e-4, 4e-4]),
+    "both": Method(partial(greentrainer, options={"low_rank": 8}), [1e-4, 2e-4, 4e-4]),
 }
 
 
-def build(name: str, model: nn.Module, task: Any, batch: dict[str, Tensor]) -> nn.Module:
-    """The model with the parameters of a method set to be trained; `batch` is one to measure on."""
+def build(name: str, model: nn.Module, task: Any, batches: Iterator[dict[str, Tensor]], lr: float) -> nn.Module:
+    """The model with the parameters of a method set to be trained; `batches` are to measure on."""
     kind, number = split(name)
-    return METHODS[kind].build(model, number=number, task=task, batch=batch)
+    return METHODS[kind].build(model, number=number, task=task, batches=batches, lr=lr)
 
 
 def learning_rates(name: str) -> list[float]:

@@ -44,16 +44,15 @@ class Training:
     """A plain loop, the same for every method: AdamW, and a learning rate that decays linearly to zero."""
 
     def __init__(self, task: Any, method: str, lr: float, seed: int, steps: int, precision: str) -> None:
-        self.precision = precision
+        self.task, self.precision = task, precision
         self.batches = batches_of(task, seed)
         torch.manual_seed(seed)
         model = task.load_model()
-        first = next(batches_of(task, seed))
         # What a method measures before its first step is part of what it costs.
         self.flops, self.seconds = 0, 0.0
         with flop_counter() as counter, self.autocast():
             start = now()
-            self.model = build(method, model, task, first)
+            self.model = build(method, model, task, batches_of(task, seed), lr)
             self.seconds += now() - start
         self.flops += counter.get_total_flops()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -74,7 +73,8 @@ class Training:
         loss.backward()
         self.optimizer.step()
         if isinstance(self.model.base_model, GreenTrainerModel):
-            self.model.base_model.update_and_allocate(self.steps, self.optimizer)
+            epoch = self.steps // (len(self.task.training) // self.task.batch_size)
+            self.model.base_model.update_and_allocate(self.steps, self.optimizer, epoch=epoch)
         self.optimizer.zero_grad()
         self.schedule.step()
         self.seconds += now() - start

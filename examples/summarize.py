@@ -10,6 +10,7 @@ the saved file computes the same logits in a fresh base model and once merged. T
 same job with another budget, other methods, and a model and data of the Hub (which takes the library datasets):
 
     python examples/summarize.py --rho 0.7
+    python examples/summarize.py --rho 0.7 --low-rank only
     python examples/summarize.py --rho 0.7 --budget seconds
     python examples/summarize.py --method full
     python examples/summarize.py --method lora
@@ -77,9 +78,15 @@ def parse_arguments() -> Namespace:
     add(
         "--budget", choices=["flops", "seconds"], default="flops", help="what rho is a share of (default: %(default)s)"
     )
+    low_rank = "offer linear tensors as low-rank updates of this rank too, or 'only' as such (default: whole tensors)"
+    add("--low-rank", type=lambda text: text if text == "only" else int(text), default=0, help=low_rank)
     add("--steps", type=int, default=60, help="training steps (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="pairs in a batch (default: %(default)s)")
-    add("--lr", type=float, help=f"learning rate, decayed linearly to zero (default: of {LEARNING_RATES})")
+    add(
+        "--lr",
+        type=float,
+        help=f"learning rate, decayed linearly to zero (default: of {LEARNING_RATES}, half with --low-rank)",
+    )
     tokens = f"tokens in a sequence, {SUMMARY_TOKENS} of them for the summary (default: %(default)s)"
     add("--max-length", type=int, default=160, help=tokens)
     add("--seed", type=int, default=0, help="default: %(default)s")
@@ -88,7 +95,7 @@ def parse_arguments() -> Namespace:
     args = parser.parse_args()
     if args.max_length < 2 * SUMMARY_TOKENS:
         parser.error(f"--max-length must leave room for a document: give at least {2 * SUMMARY_TOKENS}")
-    args.lr = args.lr or LEARNING_RATES[args.method]
+    args.lr = args.lr or LEARNING_RATES[args.method] / (2 if args.low_rank else 1)
     args.out = args.out or Path(f"summarize-{args.method}")
     return args
 
@@ -243,7 +250,7 @@ def add_method(base: nn.Module, args: Namespace) -> nn.Module:
     if args.method == "full":
         return base
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    greentrainer = GreenTrainerConfig(rho=args.rho, budget=args.budget, task_type="CAUSAL_LM")
+    greentrainer = GreenTrainerConfig(rho=args.rho, budget=args.budget, low_rank=args.low_rank, task_type="CAUSAL_LM")
     return get_peft_model(base, lora if args.method == "lora" else greentrainer)
 
 
@@ -322,7 +329,7 @@ def compare_costs(model: nn.Module, model_name: str | Path, batch: dict[str, Ten
     """Print what a step costs next to one of full fine-tuning. The steps that are timed move the weights."""
     print("Timing steps ...", flush=True)
     full = load_base(model_name)
-    graph = profile(full, batch)
+    graph = profile(full, batch, low_rank=8 if args.low_rank == "only" else args.low_rank)
     planned = {"full": graph.full_flops / 1e9}
     if args.method == "greentrainer":
         planned[args.method] = graph.flops(model.peft_config["default"].selected) / 1e9

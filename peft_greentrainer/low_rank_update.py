@@ -61,7 +61,8 @@ class LowRankUpdate(nn.Module):
     """Runs the update. It has no parameters of its own."""
 
     def forward(self, x: Tensor, factor_a: Tensor, factor_b: Tensor, scale: float) -> Tensor:
-        return F.linear(F.linear(x, factor_a.to(x.dtype)), factor_b.to(x.dtype)) * scale
+        # Scaled where it is smallest.
+        return F.linear(F.linear(x, factor_a.to(x.dtype)) * scale, factor_b.to(x.dtype))
 
 
 def seed_of(tensor: str) -> int:
