@@ -224,8 +224,9 @@ def time_fingerprints_of_7b() -> float:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_7B)).bfloat16()
     model.to_empty(device="cpu")
+    config = GreenTrainerConfig()
     start = time.perf_counter()
-    tensors = candidate_tensors(plan_wrappers(GreenTrainerConfig(), model), model)
+    tensors = candidate_tensors(plan_wrappers(config, model), model, config)
     prints = [fingerprint(tensor, tied) for tensor, tied in tensors.values()]
     assert len(prints) == 291
     return time.perf_counter() - start

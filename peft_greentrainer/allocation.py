@@ -227,6 +227,7 @@ class Allocator:
     def _select(
         self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, optimizer: torch.optim.Optimizer
     ) -> bool:
+        probe.disarm()
         own = set(candidates(self.model, config))
         trained = {name for name in probe.trained() if candidate_of(name) not in own}
         graph, importances = probe.graph(own | trained), probe.importances()
@@ -256,8 +257,7 @@ class Allocator:
         """Whether one pass was enough, since it tells that everything fits the budget."""
         if self._probe.passes == 0 or config.budget == "seconds":
             return False
-        trained = [name for name, parameter in self._probe.parameters.items() if parameter.requires_grad]
-        graph = self._probe.graph({*candidates(self.model, config), *trained})
+        graph = self._probe.graph({*candidates(self.model, config), *self._probe.trained()})
         return from_first_rank(lambda: everything_fits(graph, config.rho))
 
     def _warn_once(self, message: str) -> None:

@@ -13,6 +13,7 @@ reached is what the deeper part starts from. Where an order is neither, one oper
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -78,7 +79,7 @@ class _Problem:
 
     users: np.ndarray
     cost: list[int]
-    items: list[list[np.ndarray]]
+    items: list[list[list[int]]]
     own_cost: np.ndarray
     value: np.ndarray
     budget: int
@@ -91,8 +92,9 @@ class _Problem:
         np.add.at(own_cost, needs.argmax(axis=0)[count == 1], costs[count == 1])
 
         # Forms of one tensor need the same shared operations; where recomputation makes them differ, both pay for all.
-        shared = np.zeros((one_of.max() + 1, np.count_nonzero(count > 1)), dtype=bool)
-        np.logical_or.at(shared, one_of, needs[:, count > 1])
+        by_kind = np.argsort(one_of, kind="stable")
+        starts = np.searchsorted(one_of[by_kind], np.arange(one_of.max() + 1))
+        shared = np.logical_or.reduceat(needs[by_kind][:, count > 1], starts)
         operations, operation_of = _unique_rows(shared[one_of].T)
         patterns, pattern_of = _unique_rows(operations.T)
         users, node_of = _unique_rows(np.concatenate([operations, _users_of(patterns, operations)]))
@@ -190,24 +192,28 @@ def _filled(
 ) -> np.ndarray:
     """Add whatever still fits at its exact cost, the most valuable first."""
     paid = needs[chosen].any(axis=0)
+    taken = set(one_of[chosen])
     for i in np.argsort(-value, kind="stable"):
-        if one_of[i] not in one_of[chosen]:
+        if one_of[i] not in taken:
             extra = int(costs @ (needs[i] & ~paid))
             if extra <= left:
                 chosen[i] = True
+                taken.add(one_of[i])
                 paid |= needs[i]
                 left -= extra
     return chosen
 
 
-def _together(items: np.ndarray, one_of: np.ndarray) -> list[np.ndarray]:
+def _together(items: np.ndarray, one_of: np.ndarray) -> list[list[int]]:
     """The items, those of which one is taken at most together.
 
     >>> _together(np.array([4, 7, 9]), one_of=np.array([0, 0, 0, 0, 1, 0, 0, 2, 0, 1]))
-    [array([4, 9]), array([7])]
+    [[4, 9], [7]]
     """
-    _, kinds = np.unique(one_of[items], return_inverse=True)
-    return [items[kinds == kind] for kind in range(kinds.max() + 1)] if len(items) else []
+    together = defaultdict(list)
+    for item in items:
+        together[one_of[item]].append(item)
+    return list(together.values())
 
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -125,10 +125,10 @@ class Probe:
         """Let nothing require grad but what is trained, until the next forward pass."""
         self._opened.close()
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Disarm, and give the parameters that the step itself trains."""
-        self.disarm()
-        return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+    def trained(self) -> list[str]:
+        """The parameters that the step itself trains."""
+        only_measured = set(map(id, self._frozen))
+        return [name for name, p in self.parameters.items() if p.requires_grad and id(p) not in only_measured]
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far, as JSON."""

@@ -256,6 +256,21 @@ def test_two_passes_are_probed_and_the_second_batch_judges():
     assert loop.selection.low_rank and any(value < 0 for value in allocator.importances.values())
 
 
+def test_where_everything_fits_one_pass_is_enough():
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.95, low_rank="only", r=2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(2):
+        loss = model(**make_batch("llama", seed=step)).loss  # it keeps the graph, and with it the probe open
+        loss.backward()
+        assert model.base_model.selection is None
+        optimizer.step()
+        model.base_model.update_and_allocate(step, optimizer)
+        optimizer.zero_grad()
+    everything = profile(make_model("llama"), make_batch("llama"), low_rank=2).dearest_forms
+    assert model.base_model.selection.tensors == set(map(tensor_of, everything))
+    assert len(model.base_model.selection.low_rank) == 22
+
+
 def test_new_factors_are_the_same_on_every_rank_and_change_nothing():
     loops = [run(steps=4) for _ in range(2)]
     values = [dict(loop.model.named_parameters()) for loop in loops]
