@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .forms import candidate_of, factors, low_rank_form
+from .forms import candidate_of, factors, low_rank_form, tensor_of
 from .importance import UpdateRule, importance
 
 
@@ -52,7 +52,7 @@ class SameBatch:
 
     Args:
         rule: see `update_rule`.
-        rates: the learning rate by parameter; 1 where it is not given, since only proportions matter.
+        rates: the learning rate by tensor; 1 where it is not given, since only proportions matter.
     """
 
     def __init__(self, rule: UpdateRule, rates: Mapping[str, float]) -> None:
@@ -79,7 +79,7 @@ class CrossBatch:
 
     Args:
         rule: see `update_rule`.
-        rates: the learning rate by parameter; 1 where it is not given.
+        rates: the learning rate by tensor; 1 where it is not given.
         whole: the tensors that may be trained whole.
         gradient_of_b: for tensors whose low-rank form has no factors yet, what their gradient makes that of the factor B;
             that of A is zero as long as B is.
@@ -99,7 +99,7 @@ class CrossBatch:
         self._updates: dict[str, Tensor] = {}
 
     def __call__(self, name: str, grad: Tensor) -> dict[str, Tensor]:
-        lr = self.rates.get(name, 1.0)
+        lr = self.rates.get(tensor_of(candidate_of(name)), 1.0)
         found = {}
         if name in self.whole or candidate_of(name) != name:
             found[candidate_of(name)] = lr * self._judged(name, grad.to_dense() if grad.is_sparse else grad)

@@ -271,6 +271,20 @@ def test_where_everything_fits_one_pass_is_enough():
     assert len(model.base_model.selection.low_rank) == 22
 
 
+def test_importance_is_the_same_with_and_without_factors():
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.6, low_rank="only", r=2, reselect=2))
+    loop = Loop(model, make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-9, weight_decay=0))
+    measured = []
+    for _ in range(2):
+        while loop.selection is None or allocator_of(model.get_base_model()).importances in measured:
+            loop.step(make_batch("llama", seed=(0, 0, 1)[loop.steps % 3]))
+        measured.append(allocator_of(model.get_base_model()).importances)
+    factored = [name for name in model.peft_config["default"].tensors if is_low_rank(name)]
+    assert len(factored) > 5
+    for name in factored:
+        assert measured[1][name] == pytest.approx(measured[0][name], rel=0.05, abs=1e-12)
+
+
 def test_new_factors_are_the_same_on_every_rank_and_change_nothing():
     loops = [run(steps=4) for _ in range(2)]
     values = [dict(loop.model.named_parameters()) for loop in loops]
