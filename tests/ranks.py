@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in every process: `torchrun ranks.py WHAT FOLDER`, with WHAT `loop` or `trainer`."""
+"""What test_distributed.py runs in every process: `torchrun ranks.py WHAT FOLDER`, with WHAT `loop`, `low-rank` or `trainer`."""
 
 import sys
 
@@ -16,8 +16,8 @@ from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig
 STEPS, ROWS = 7, 4
 
 
-def peft_model():
-    return get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.6, reselect=2))
+def peft_model(**options):
+    return get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.6, reselect=2, **options))
 
 
 def data():
@@ -73,8 +73,8 @@ def result(model):
 
 def main(what, folder):
     torch.set_num_threads(1)
-    model = peft_model()
-    if what == "loop":
+    model = peft_model(low_rank=2 if what == "low-rank" else 0)
+    if what != "trainer":
         dist.init_process_group("gloo")
         ddp = DistributedDataParallel(model, find_unused_parameters=False)
         sizes = []

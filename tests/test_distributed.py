@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from peft_greentrainer import GreenTrainerConfig
+from peft_greentrainer.forms import is_low_rank
 
 
 LAUNCHERS = {
@@ -66,6 +67,16 @@ def test_a_plain_loop_under_ddp_is_that_of_one_process_with_the_doubled_batch(tm
         for name in expected:
             assert torch.equal(first[name], second[name]), name
             torch.testing.assert_close(first[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_low_rank_candidates_under_ddp_are_the_same_on_every_rank(tmp_path):
+    first, second = run("torchrun", "low-rank", tmp_path)
+    assert first["selected"] == second["selected"] and any(map(is_low_rank, first["selected"]))
+    assert first["values"].keys() == second["values"].keys()
+    assert all(torch.equal(value, second["values"][name]) for name, value in first["values"].items())
+    assert first["reduced"] == [sum(g.numel() for g in of_step.values()) for of_step in first["gradients"]]
+    for of_steps in zip(first["gradients"], second["gradients"]):
+        assert all(torch.equal(gradient, of_steps[1][name]) for name, gradient in of_steps[0].items())
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
