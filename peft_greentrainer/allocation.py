@@ -209,8 +209,9 @@ class Allocator:
             parameters = {name: p for name, p in parameters.items() if candidate_of(name) == name}
         if config.low_rank:
             forms = forms_of(self.model, adapter_name)
-            measure = CrossBatch(rule, rates, set(candidates(self.model, config)), forms.gradient_of_b)
-            extra = {"forms": forms.costed, "batches": config.importance_batches + 1}
+            parameters = {name: p for name, p in parameters.items() if name not in forms.frozen}
+            measure = CrossBatch(rule, rates, set(candidates(self.model, config)))
+            extra = {"forms": forms, "batches": config.importance_batches + 1}
         else:
             measure, extra = SameBatch(rule, rates), {"batches": config.importance_batches}
         self._probe = Probe(

@@ -50,7 +50,8 @@ class GreenTrainerLinear(GreenTrainerLayer):
         """Create the factors of a low-rank update, frozen: as yet without effect."""
         self.greentrainer_update = LowRankUpdate()
         form = self._forms[adapter_name]
-        first, second = form.factors(self.in_features, self.out_features, seed)
+        first = form.first_factor(self.in_features, seed)
+        second = torch.zeros(self.out_features, form.rank, device="cpu")
         if not init_weights:
             second += torch.randn_like(second) * 0.1 / form.lr
         for name, factor in zip(factors(candidate), (first, second)):
@@ -66,10 +67,6 @@ class GreenTrainerLinear(GreenTrainerLayer):
         """The factors of all adapters."""
         for values in self.greentrainer_values.values():
             yield from (value for name, value in values.items() if name in FACTORS_OF_WEIGHT)
-
-    def gradient_of_b(self, form: LowRankForm, seed: int, grad: Tensor) -> Tensor:
-        """The gradient that a new factor B would get, from that of the weight."""
-        return form.gradient_of_b(grad.T if isinstance(self.base_layer, Conv1D) else grad, seed)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = super().forward(x, *args, **kwargs)

@@ -5,9 +5,11 @@
     ...     loss = model(**batch).loss
 
 A linear module without factors runs as it is, and the matrix products that its form would add are added to the recorder
-as operations that this form alone needs. The factors' products with the activation and with its gradient (2 FLOPs per
-multiply-add, T tokens): `A x` and `B (A x)` forward, and backward the gradients of `B`, of `A x`, of `A`, and of `x`. The
-last runs only if the gradient of `x` is needed at all, by a tensor nearer the input.
+as operations that this form alone needs (2 FLOPs per multiply-add): `A x` and `B (A x)` forward, and backward the gradients
+of `B`, of `A x`, of `A`, and of `x`. The last runs only if the gradient of `x` is needed at all, by a tensor nearer the input.
+
+The gradient that a new `B`, which is zero, would get is `dy (A x)^T`. It takes neither factors in the model nor the gradient
+of the whole tensor: where that is no candidate, it is not computed, and its cost in full fine-tuning is worked out.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .forms import factors
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,16 @@ class LowRank:
         linear: the linear modules that such a form may be added to, by candidate; each calls `F.linear` or the like.
         updates: the modules that run the update of a form which exists; their products are no part of full fine-tuning.
         provisional: whether those updates will be gone in the steps that the cost graph is about.
+        first_factor: for each form that does not exist yet, gives the `A` (rank, in) that it would begin with, scaled.
+        frozen: the linear modules whose tensor is no candidate whole and gets no gradient, by that tensor.
     """
 
     rank: int = 0
     linear: Mapping[str, nn.Module] = field(default_factory=dict)
     updates: tuple[nn.Module, ...] = ()
     provisional: bool = False
+    first_factor: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    frozen: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 class Recorder(Protocol):
@@ -48,6 +57,7 @@ class Recorder(Protocol):
     forward_cost: int
     added: int
     added_forward_cost: int
+    on_gradient: Callable[[str, Tensor], None] | None
 
     def new_operation(self, cost: int) -> int: ...
 
@@ -63,12 +73,13 @@ class NoticeLowRank:
         self.recorder = recorder
         self.forms = forms
         self._hooks = ExitStack()
-        self._running: dict[nn.Module, _Run] = {}
         self._forward: dict[str, int] = defaultdict(int)
 
     def __enter__(self) -> None:
         for candidate, module in self.forms.linear.items():
             self._watch(module, partial(self._linear_ran, candidate), partial(self._input_grad, candidate))
+        for tensor, module in self.forms.frozen.items():
+            self._watch(module, partial(self._frozen_ran, tensor), lambda run, grad: None)
         for module in self.forms.updates:
             self._watch(module, self._update_ran, self._update_input_grad)
 
@@ -76,16 +87,27 @@ class NoticeLowRank:
         self._hooks.close()
 
     def _watch(self, module: nn.Module, ran: Callable[..., None], input_grad: Callable[..., None]) -> None:
-        def before(module: nn.Module, args: tuple) -> tuple:
-            run = self._running[module] = _Run(len(self.recorder.costs), self.recorder.forward_cost)
+        running = []
+
+        def before(module: nn.Module, args: tuple) -> tuple | None:
+            if not args:  # called by keyword
+                return None
+            run = _Run(len(self.recorder.costs), self.recorder.forward_cost)
+            running.append(run)
             first, *others = args
             if first.requires_grad:
                 first = first.view_as(first)  # the gradient that comes from this module alone
                 first.register_hook(partial(input_grad, run))
             return first, *others
 
-        def after(module: nn.Module, args: tuple, output: Tensor) -> None:
-            ran(self._running.pop(module), args[0], output)
+        def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if not args:
+                return output
+            if torch.is_grad_enabled() and not output.requires_grad:
+                # Nothing before it is trained, so its own gradient has to be asked for.
+                output = output + output.new_zeros((), requires_grad=True)
+            ran(running.pop(), args[0], output)
+            return output
 
         self._hooks.callback(module.register_forward_pre_hook(before).remove)
         self._hooks.callback(module.register_forward_hook(after).remove)
@@ -100,18 +122,36 @@ class NoticeLowRank:
         else:
             self._forward[candidate] |= operation
         if output.requires_grad:
+            if self.recorder.on_gradient is not None:
+                cost = self.recorder.forward_cost
+                with torch.no_grad():
+                    run.reduced = F.linear(input, self.forms.first_factor[candidate]().to(input))
+                self.recorder.forward_cost = cost  # which is that of measuring
             output.register_hook(partial(self._output_grad, candidate, run))
 
     def _output_grad(self, candidate: str, run: _Run, grad: Tensor) -> None:
-        run.ancestors = self.recorder.ancestors(grad)
-        needed = run.ancestors | self._forward.pop(candidate, 0) | self.recorder.new_operation(run.into + 2 * run.out)
-        self.recorder.needed_by[candidate] = self.recorder.needed_by.pop(candidate, 0) | needed
+        recorder = self.recorder
+        run.ancestors = recorder.ancestors(grad)
+        needed = run.ancestors | self._forward.pop(candidate, 0) | recorder.new_operation(run.into + 2 * run.out)
+        recorder.needed_by[candidate] = recorder.needed_by.pop(candidate, 0) | needed
+        if run.reduced is not None:
+            rows, reduced = (t.reshape(-1, t.shape[-1]) for t in (grad, run.reduced.to(grad.dtype)))
+            _, factor_b = factors(candidate)
+            recorder.on_gradient(factor_b, rows.T @ reduced)
 
     def _input_grad(self, candidate: str, run: _Run, grad: Tensor) -> None:
         through_the_tensor = self.recorder.ancestors(grad) & ~run.ancestors
         operation = self.recorder.new_operation(run.into)
         self.recorder.needed_by[candidate] |= operation
         self.recorder.run_only_if(operation, through_the_tensor)
+
+    def _frozen_ran(self, tensor: str, run: _Run, input: Tensor, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(self._frozen_grad, tensor, 2 * input.numel() * output.shape[-1]))
+
+    def _frozen_grad(self, tensor: str, cost: int, grad: Tensor) -> None:
+        needed = self.recorder.ancestors(grad) | self.recorder.new_operation(cost)
+        self.recorder.needed_by[tensor] = self.recorder.needed_by.pop(tensor, 0) | needed
 
     def _update_ran(self, run: _Run, input: Tensor, output: Tensor) -> None:
         self.recorder.added_forward_cost += self.recorder.forward_cost - run.forward_cost
@@ -128,10 +168,12 @@ class NoticeLowRank:
 
 @dataclass
 class _Run:
-    """One run of a module: what was recorded before it, FLOPs of a product with either factor, ancestors of its gradient."""
+    """One run of a module: what was recorded before it, FLOPs of a product with either factor, its input times the first
+    factor, and the ancestors of the gradient of its output."""
 
     operations: int
     forward_cost: int
     into: int = 0
     out: int = 0
+    reduced: Tensor | None = None
     ancestors: int = 0

@@ -1,47 +1,43 @@
 """The low-rank forms of a wrapped model, as a probe needs them.
 
->>> forms = forms_of(base, "default")
->>> Probe(base, parameters, measure=CrossBatch(..., forms.gradient_of_b), forms=forms.costed)
+>>> Probe(base, parameters, measure=measure, forms=forms_of(base, "default"))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .forms import is_low_rank, low_rank_form, tensor_of
+from .forms import low_rank_form, tensor_of
 from .linear import GreenTrainerLinear
 from .low_rank_cost import LowRank
 from .low_rank_update import LowRankForm, seed_of
 from .values import candidates, layers
 
 
-class Forms(NamedTuple):
-    """What to note the cost of, and for tensors without factors what makes their gradient that of the factor B."""
-
-    costed: LowRank
-    gradient_of_b: dict[str, Callable[[Tensor], Tensor]]
-
-
-def forms_of(model: nn.Module, adapter_name: str) -> Forms:
+def forms_of(model: nn.Module, adapter_name: str) -> LowRank:
     """The low-rank forms that the adapter offers, and those that it has; provisional ones may be gone after a probe."""
     config = model.peft_config[adapter_name]
     form = LowRankForm.of(config)
-    linear, updates, gradient_of_b = {}, [], {}
-    offered = set(filter(is_low_rank, candidates(model, config)))
+    linear, updates, first_factor, frozen = {}, [], {}, {}
+    offered = set(candidates(model, config))
     lasting = set() if config.provisional else config.tensors.keys()
     for key, layer in layers(model).items():
         if isinstance(layer, GreenTrainerLinear):
             if hasattr(layer, "greentrainer_update"):
                 updates.append(layer.greentrainer_update)
             candidate = low_rank_form(f"{key}.weight")
+            if candidate in offered and tensor_of(candidate) not in offered:
+                frozen[tensor_of(candidate)] = layer.base_layer
             if candidate in offered - lasting:
                 linear[candidate] = layer.base_layer
-                gradient_of_b[tensor_of(candidate)] = partial(layer.gradient_of_b, form, seed_of(candidate))
-    return Forms(LowRank(form.rank, linear, tuple(updates), config.provisional), gradient_of_b)
+                first_factor[candidate] = partial(_scaled_first_factor, form, layer.in_features, seed_of(candidate))
+    return LowRank(form.rank, linear, tuple(updates), config.provisional, first_factor, frozen)
+
+
+def _scaled_first_factor(form: LowRankForm, in_features: int, seed: int) -> Tensor:
+    return form.scale * form.first_factor(in_features, seed)
 
 
 def cost_of_updates(model: nn.Module) -> float:

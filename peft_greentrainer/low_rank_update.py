@@ -1,7 +1,7 @@
 """The low-rank form of a linear tensor: `W + scale * B A`, trained at a learning rate of its own.
 
     >>> form = LowRankForm(rank=8, lr=10.0)
-    >>> A, B = form.factors(in_features=576, out_features=192, seed=0)       # (8, 576), (192, 8)
+    >>> A, B = form.first_factor(in_features=576, seed=0), torch.zeros(192, form.rank)
     >>> output = linear(x) + LowRankUpdate()(x, A, B, form.scale)
 
 LoRA (Hu et al., 2021, section 4.1) wants a learning rate about ten times that of whole tensors. Schedulers keep a learning
@@ -44,17 +44,11 @@ class LowRankForm:
     def scale(self) -> float:
         return ALPHA_PER_RANK * self.lr**2
 
-    def factors(self, in_features: int, out_features: int, seed: int) -> tuple[Tensor, Tensor]:
-        """`A` (rank, in) as LoRA draws it, over `lr`, the same for the same seed; and `B` (out, rank), zero. On the CPU."""
+    def first_factor(self, in_features: int, seed: int) -> Tensor:
+        """`A` (rank, in) as LoRA draws it, over `lr`, the same for the same seed. On the CPU."""
         bound = 1 / (math.sqrt(in_features) * self.lr)
-        factor_a = torch.empty(self.rank, in_features, device="cpu")
-        factor_a.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
-        return factor_a, torch.zeros(out_features, self.rank, device="cpu")
-
-    def gradient_of_b(self, grad: Tensor, seed: int) -> Tensor:
-        """The gradient of a `B` that is zero, (out, rank), from that of the whole tensor, (out, in)."""
-        factor_a, _ = self.factors(grad.shape[1], grad.shape[0], seed)
-        return grad @ factor_a.to(grad).T * self.scale
+        factor = torch.empty(self.rank, in_features, device="cpu")
+        return factor.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
 
 
 class LowRankUpdate(nn.Module):

@@ -3,10 +3,10 @@
     >>> measure = SameBatch("adam", rates={})                           # the paper's, for whole tensors
     >>> measure("norm.weight", grad)
     {'norm.weight': tensor(0.0421)}
-    >>> measure = CrossBatch("adam", rates={}, whole={"norm.weight"}, gradient_of_b={"q.weight": lambda grad: ...})
-    >>> measure("q.weight", grad_on_one_batch)                          # nothing to judge yet
+    >>> measure = CrossBatch("adam", rates={}, candidates={"norm.weight", "q.weight_low_rank"})
+    >>> measure("q.weight_low_rank_B", grad_on_one_batch)               # nothing to judge yet
     {'q.weight_low_rank': tensor(0.)}
-    >>> measure("q.weight", grad_on_another)
+    >>> measure("q.weight_low_rank_B", grad_on_another)
     {'q.weight_low_rank': tensor(0.0031)}
 
 Between forms of a tensor only a comparison across batches is fair. On the batch that it was made from, an update also fits
@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .forms import candidate_of, factors, low_rank_form, tensor_of
+from .forms import candidate_of, tensor_of
 from .importance import UpdateRule, importance
 
 
@@ -75,38 +75,26 @@ class SameBatch:
 class CrossBatch:
     """The drop of the loss on one batch from the update that the batch before would have made: `lr * sum(sign(g) * g')`.
 
-    It is negative where two batches disagree.
+    It is negative where two batches disagree. That of a low-rank form is the sum over its factors.
 
     Args:
         rule: see `update_rule`.
         rates: the learning rate by tensor; 1 where it is not given.
-        whole: the tensors that may be trained whole.
-        gradient_of_b: for tensors whose low-rank form has no factors yet, what their gradient makes that of the factor B;
-            that of A is zero as long as B is.
+        candidates: what may be trained; other gradients tell nothing.
     """
 
-    def __init__(
-        self,
-        rule: UpdateRule,
-        rates: Mapping[str, float],
-        whole: Set[str],
-        gradient_of_b: Mapping[str, Callable[[Tensor], Tensor]],
-    ) -> None:
+    def __init__(self, rule: UpdateRule, rates: Mapping[str, float], candidates: Set[str]) -> None:
         self.rule = rule
         self.rates = rates
-        self.whole = whole
-        self.gradient_of_b = gradient_of_b
+        self.candidates = candidates
         self._updates: dict[str, Tensor] = {}
 
     def __call__(self, name: str, grad: Tensor) -> dict[str, Tensor]:
-        lr = self.rates.get(tensor_of(candidate_of(name)), 1.0)
-        found = {}
-        if name in self.whole or candidate_of(name) != name:
-            found[candidate_of(name)] = lr * self._judged(name, grad.to_dense() if grad.is_sparse else grad)
-        if name in self.gradient_of_b:
-            _, factor_b = factors(low_rank_form(name))
-            found[low_rank_form(name)] = lr * self._judged(factor_b, self.gradient_of_b[name](grad))
-        return found
+        candidate = candidate_of(name)
+        if candidate not in self.candidates:
+            return {}
+        lr = self.rates.get(tensor_of(candidate), 1.0)
+        return {candidate: lr * self._judged(name, grad.to_dense() if grad.is_sparse else grad)}
 
     def _judged(self, name: str, grad: Tensor) -> Tensor:
         entries = grad.reshape(-1)

@@ -71,7 +71,7 @@ class Probe:
         self.time_with = time_with
         self.passes = 0
         self.forms = forms
-        self.recorder = CostRecorder(forms)
+        self.recorder = CostRecorder(forms, self._measured)
         self._timed: TimedRecorder | None = None
         self._sums: dict[str, Tensor] = {}
         self._armed = ExitStack()
@@ -212,7 +212,7 @@ class Probe:
 
     def backward_failed(self) -> None:
         """What was recorded of a backward pass that was not finished means nothing: measure from the start."""
-        self.recorder = CostRecorder(self.forms)
+        self.recorder = CostRecorder(self.forms, self._measured)
         self._graphs = dict.fromkeys(self._graphs, (0, 0))
         self._sums.clear()
         self.measure.reset()
@@ -224,6 +224,9 @@ class Probe:
             return
         self._arrived_now = True
         self.recorder.mark(candidate_of(name), grad)
+        self._measured(name, grad)
+
+    def _measured(self, name: str, grad: Tensor) -> None:
         for candidate, measured in self.measure(name, grad).items():
             self._sums[candidate] = self._sums.get(candidate, 0.0) + measured
 

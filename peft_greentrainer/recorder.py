@@ -44,9 +44,10 @@ class CostRecorder(TorchDispatchMode):
 
     unit: Literal["flops", "seconds"] = "flops"
 
-    def __init__(self, forms: LowRank = LowRank()) -> None:
+    def __init__(self, forms: LowRank = LowRank(), on_gradient: Callable[[str, Tensor], None] | None = None) -> None:
         super().__init__()
         self.forms = forms
+        self.on_gradient = on_gradient  # is told the gradients of factors that do not exist yet
         self.forward_cost = 0
         self.added_forward_cost = 0
         self.added = 0

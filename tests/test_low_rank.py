@@ -132,12 +132,8 @@ def test_importance_is_the_drop_on_another_batch(form):
     low_rank = LowRankForm(rank=4, lr=10.0)
     name = "up_proj.weight"
     candidate = name if form == "whole" else low_rank_form(name)
-    measure = CrossBatch(
-        "adam",
-        rates={name: rate},
-        whole={name},
-        gradient_of_b={name: lambda grad: low_rank.gradient_of_b(grad, seed)},
-    )
+    measure = CrossBatch("adam", rates={name: rate}, candidates={name, low_rank_form(name)})
+    factor_a = low_rank.first_factor(linear.in_features, seed).double()
     batches, grads = torch.randn(2, 50, 20, dtype=torch.double), []
 
     def loss(batch):
@@ -145,16 +141,14 @@ def test_importance_is_the_drop_on_another_batch(form):
 
     for batch in batches:
         (grad,) = torch.autograd.grad(loss(batch), [linear.weight])
-        importance = measure(name, grad)[candidate]
+        if form == "low-rank":
+            grad = grad @ factor_a.T * low_rank.scale
+        measured = factors(candidate)[1] if form == "low-rank" else name
+        importance = measure(measured, grad)[candidate]
         grads.append(grad)
     before = loss(batches[1]).item()
-    if form == "whole":
-        update = -rate * grads[0].sign()
-    else:
-        factor_a, _ = low_rank.factors(linear.in_features, linear.out_features, seed)
-        factor_b = -rate * low_rank.gradient_of_b(grads[0], seed).sign()
-        update = low_rank.scale * factor_b @ factor_a.double()
-    linear.weight.data += update
+    update = -rate * grads[0].sign()
+    linear.weight.data += update if form == "whole" else low_rank.scale * update @ factor_a
     assert before - loss(batches[1]).item() == pytest.approx(importance.item(), rel=1e-3)
 
 
@@ -162,7 +156,7 @@ def test_factors_learn_as_in_a_parameter_group_of_their_own():
     """In Adam's hands a factor stored `lr` times too small moves as one with `lr` times the learning rate."""
     form, rate = LowRankForm(rank=2, lr=10.0), 1e-3
     x, target = torch.randn(2, 30, 8, dtype=torch.double).unbind()
-    first, second = (factor.double() for factor in form.factors(8, 8, seed=0))
+    first, second = form.first_factor(8, seed=0).double(), torch.zeros(8, 2, dtype=torch.double)
     stored = [nn.Parameter(first.clone()), nn.Parameter(second.clone())]
     plain = [nn.Parameter(first * form.lr), nn.Parameter(second * form.lr)]
     runs = [
