@@ -1,4 +1,4 @@
-"""Low-rank candidates next to LoRA on the same modules: seconds of a step, size of the file, and of a selection at 70B.
+"""Low-rank candidates next to LoRA on the same modules: seconds of a step, size of the file; and the memory of a probe.
 
     python examples/benchmark_low_rank.py                        # a 135M Llama of random weights, 4 x 160 tokens
     python examples/benchmark_low_rank.py --device cuda --batch-size 16 --seq-len 512
@@ -19,7 +19,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from benchmark_step import LLAMA_70B, Loop, make_model, seconds
+from benchmark_step import LLAMA_70B, Loop, make_model, peak_bytes, seconds
 from memory import keep_freed_memory
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -46,6 +46,17 @@ def pair_of_loops(base: nn.Module, batch: dict[str, torch.Tensor], rho: float) -
     modules = [name.removesuffix(".weight") for name in ours.model.base_model.selection.low_rank]
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=modules)
     return {"low-rank": ours, "LoRA": Loop(get_peft_model(copy.deepcopy(base), lora), batch)}
+
+
+def peaks_of_probes(base: nn.Module, batch: dict[str, torch.Tensor], rho: float, device: str) -> dict[str, int]:
+    """Bytes that forward and backward of a probe allocate at most, where whole tensors are candidates and where not."""
+    peaks = {}
+    for low_rank in (0, RANK, "only"):
+        config = GreenTrainerConfig(rho=rho, low_rank=low_rank, r=RANK)
+        loop = Loop(get_peft_model(copy.deepcopy(base), config), batch)
+        loop.budgeted_step()
+        peaks[f"low_rank={low_rank!r}"] = peak_bytes(loop.backward, device)
+    return peaks
 
 
 def time_selection_of_70b(rounds: int = 6) -> tuple[int, float]:
@@ -100,9 +111,13 @@ def main() -> None:
     for row in rows:
         ours, theirs = row["bytes"]["low-rank"], row["bytes"]["LoRA"]
         print(f"rho {row['rho']}: file of {ours:,} bytes, LoRA's {theirs:,}: {ours / theirs:.3f}")
+    peaks = peaks_of_probes(base, batch, args.rho[0], args.device)
+    for kind, peak in peaks.items():
+        print(f"peak memory of a probe, {kind}: {peak / 2**20:.1f} MiB")
     candidates, milliseconds = time_selection_of_70b()
     print(f"select from the {candidates} candidates of a 70B Llama: {milliseconds:.1f} ms")
-    print(json.dumps({"arguments": vars(args), "torch": torch.__version__, "rows": rows, "select_ms": milliseconds}))
+    measured = {"rows": rows, "probe_bytes": peaks, "select_ms": milliseconds}
+    print(json.dumps({"arguments": vars(args), "torch": torch.__version__, **measured}))
 
 
 if __name__ == "__main__":
