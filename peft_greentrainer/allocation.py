@@ -195,8 +195,8 @@ class Allocator:
         adapter_name, config = self._active_adapter()
         refuse_sharded(self.model, optimizer)
         groups = group_of(optimizer, self.model)
-        rates = {name: float(g.get("initial_lr", g["lr"])) for name, g in groups.items()}
-        if not any(rates.values()):  # a warm-up that starts at zero; only the proportions of rates matter
+        rates = {name: float(g.get("initial_lr", g["lr"]) or 0.0) for name, g in groups.items()}
+        if not any(rates.values()):  # none given, or a warm-up that starts at zero; only proportions matter
             rates = dict.fromkeys(rates, 1.0)
         rule = update_rule(optimizer)
         if not is_known(optimizer):

@@ -41,7 +41,8 @@ class GreenTrainerConfig(PeftConfig):
             only, as in the paper. With low-rank forms importance is that of the update from one batch on the next, so
             that a probe takes one batch more.
         low_rank_lr (`float`):
-            The learning rate of low-rank updates, as a multiple of the optimizer's.
+            The learning rate of low-rank updates, as a multiple of the optimizer's. It is part of what was saved: the
+            factors in the file are stored in its terms.
         r (`int`):
             The rank for `low_rank="only"`.
         target_modules (`Union[list[str], str]`, *optional*):

@@ -48,7 +48,8 @@ class GreenTrainerLinear(GreenTrainerLayer):
 
     def add_factors(self, adapter_name: str, candidate: str, init_weights: bool = True, seed: int = 0) -> None:
         """Create the factors of a low-rank update, frozen: as yet without effect."""
-        self.greentrainer_update = LowRankUpdate()
+        if not hasattr(self, "greentrainer_update"):
+            self.greentrainer_update = LowRankUpdate()
         form = self._forms[adapter_name]
         first = form.first_factor(self.in_features, seed)
         second = torch.zeros(self.out_features, form.rank, device="cpu")
@@ -68,20 +69,25 @@ class GreenTrainerLinear(GreenTrainerLayer):
         for values in self.greentrainer_values.values():
             yield from (value for name, value in values.items() if name in FACTORS_OF_WEIGHT)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = super().forward(x, *args, **kwargs)
-        if not (self.merged_adapters or self._disable_adapters):
-            for update in self._updates(self.active_adapters):
-                output = output + self.greentrainer_update(x, *update).to(output.dtype)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.merged_adapters or self._disable_adapters:
+            return super().forward(*args, **kwargs)
+        # Before the base layer's own product, which gradient checkpointing then need not run again.
+        updates = [
+            self.greentrainer_update(*(args or kwargs.values()), *u) for u in self._updates(self.active_adapters)
+        ]
+        output = super().forward(*args, **kwargs)
+        for update in updates:
+            output = output + update.to(output.dtype)
         return output
 
-    def _updates(self, adapter_names: list[str]) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def _updates(self, adapter_names: list[str]) -> Iterator[tuple[Tensor, Tensor, LowRankForm]]:
         of_adapter = self._modules["greentrainer_values"]._modules
         first, second = FACTORS_OF_WEIGHT
         for adapter in adapter_names:
             values = of_adapter[adapter]._parameters if adapter in of_adapter else ()
             if first in values:
-                yield values[first], values[second], self._forms[adapter].scale
+                yield values[first], values[second], self._forms[adapter]
 
     def _values(self, adapter_names: list[str]) -> dict[str, list[Tensor]]:
         found = super()._values(adapter_names)
@@ -106,8 +112,8 @@ class GreenTrainerLinear(GreenTrainerLayer):
         updates = self._updates([adapter_name]) if tensor == "weight" else ()
         return sum((self._product(*update) for update in updates), start=delta)
 
-    def _product(self, factor_a: Tensor, factor_b: Tensor, scale: float) -> Tensor:
-        product = factor_b @ factor_a * scale
+    def _product(self, factor_a: Tensor, factor_b: Tensor, form: LowRankForm) -> Tensor:
+        product = factor_b @ factor_a * form.scale
         return product.T if isinstance(self.base_layer, Conv1D) else product
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -57,51 +57,75 @@ class Recorder(Protocol):
     forward_cost: int
     added: int
     added_forward_cost: int
+    recomputed: int
+    recomputed_so_far: int
+    forms: LowRank
+    is_active: bool
     on_gradient: Callable[[str, Tensor], None] | None
 
     def new_operation(self, cost: int) -> int: ...
 
     def ancestors(self, tensor: Tensor) -> int: ...
 
+    def aside(self) -> AbstractContextManager[None]: ...
+
     def run_only_if(self, operations: int, condition: int) -> None: ...
 
 
 class NoticeLowRank:
-    """While active, tells a recorder of the operations of low-rank forms."""
+    """Tells a recorder of the operations of low-rank forms: in forward passes, and where backward passes recompute them."""
 
-    def __init__(self, recorder: Recorder, forms: LowRank) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self.forms = forms
+        self.forms = recorder.forms
         self._hooks = ExitStack()
-        self._forward: dict[str, int] = defaultdict(int)
+        self._linear = {*self.forms.linear.values(), *self.forms.frozen.values()}
+        self._pending: dict[str, int] = defaultdict(int)
 
     def __enter__(self) -> None:
         for candidate, module in self.forms.linear.items():
-            self._watch(module, partial(self._linear_ran, candidate), partial(self._input_grad, candidate))
+            self._watch(
+                module,
+                partial(self._linear_runs, candidate),
+                partial(self._linear_ran, candidate),
+                partial(self._input_grad, candidate),
+            )
         for tensor, module in self.forms.frozen.items():
-            self._watch(module, partial(self._frozen_ran, tensor), lambda run, grad: None)
+            self._watch(
+                module, partial(self._frozen_runs, tensor), partial(self._frozen_ran, tensor), lambda run, grad: None
+            )
         for module in self.forms.updates:
-            self._watch(module, self._update_ran, self._update_input_grad)
+            self._watch(module, lambda run: None, self._update_ran, self._update_input_grad)
 
     def __exit__(self, *exception: Any) -> None:
         self._hooks.close()
 
-    def _watch(self, module: nn.Module, ran: Callable[..., None], input_grad: Callable[..., None]) -> None:
+    def _watch(
+        self,
+        module: nn.Module,
+        runs: Callable[[_Run], None],
+        ran: Callable[[_Run, Tensor, Tensor], None],
+        input_grad: Callable[[_Run, Tensor], None],
+    ) -> None:
         running = []
 
         def before(module: nn.Module, args: tuple) -> tuple | None:
-            if not args:  # called by keyword
+            if not args or not self.recorder.is_active:  # called by keyword; in an evaluation
                 return None
-            run = _Run(len(self.recorder.costs), self.recorder.forward_cost)
-            running.append(run)
             first, *others = args
-            if first.requires_grad:
+            run = _Run(len(self.recorder.costs), self.recorder.forward_cost)
+            if module in self._linear:
+                run.into = 2 * first.numel()
+                run.out = run.into // first.shape[-1] * (module.weight.numel() // first.shape[-1])
+            running.append(run)
+            runs(run)
+            if first.requires_grad and torch.is_grad_enabled():
                 first = first.view_as(first)  # the gradient that comes from this module alone
                 first.register_hook(partial(input_grad, run))
             return first, *others
 
         def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            if not args:
+            if not args or not self.recorder.is_active:
                 return output
             if torch.is_grad_enabled() and not output.requires_grad:
                 # Nothing before it is trained, so its own gradient has to be asked for.
@@ -112,46 +136,55 @@ class NoticeLowRank:
         self._hooks.callback(module.register_forward_pre_hook(before).remove)
         self._hooks.callback(module.register_forward_hook(after).remove)
 
+    def _linear_runs(self, candidate: str, run: _Run) -> None:
+        self._also_needed(candidate, self.recorder.new_operation(self.forms.rank * (run.into + run.out)))
+
     def _linear_ran(self, candidate: str, run: _Run, input: Tensor, output: Tensor) -> None:
-        run.into = 2 * self.forms.rank * input.numel()
-        run.out = 2 * self.forms.rank * output.numel()
-        # Gradient checkpointing runs the module again, and would run the update again too.
-        operation = self.recorder.new_operation(run.into + run.out)
-        if candidate in self.recorder.needed_by and torch._C._current_graph_task_id() != -1:
-            self.recorder.needed_by[candidate] |= operation
-        else:
-            self._forward[candidate] |= operation
         if output.requires_grad:
             if self.recorder.on_gradient is not None:
-                cost = self.recorder.forward_cost
-                with torch.no_grad():
+                with torch.no_grad(), self.recorder.aside():
                     run.reduced = F.linear(input, self.forms.first_factor[candidate]().to(input))
-                self.recorder.forward_cost = cost  # which is that of measuring
             output.register_hook(partial(self._output_grad, candidate, run))
 
     def _output_grad(self, candidate: str, run: _Run, grad: Tensor) -> None:
         recorder = self.recorder
         run.ancestors = recorder.ancestors(grad)
-        needed = run.ancestors | self._forward.pop(candidate, 0) | recorder.new_operation(run.into + 2 * run.out)
-        recorder.needed_by[candidate] = recorder.needed_by.pop(candidate, 0) | needed
+        backward = self.forms.rank * (run.into + 2 * run.out)
+        self._needed(candidate, run.ancestors | recorder.new_operation(backward))
         if run.reduced is not None:
             rows, reduced = (t.reshape(-1, t.shape[-1]) for t in (grad, run.reduced.to(grad.dtype)))
             _, factor_b = factors(candidate)
-            recorder.on_gradient(factor_b, rows.T @ reduced)
+            with recorder.aside():
+                recorder.on_gradient(factor_b, rows.T @ reduced)
+
+    def _also_needed(self, name: str, operations: int) -> None:
+        """Note what the gradient of `name` needs of a run, besides what the gradient of its output comes from."""
+        # Gradient checkpointing runs the module again, after all that leads to its input.
+        operations |= self.recorder.recomputed_so_far
+        if name in self.recorder.needed_by and torch._C._current_graph_task_id() != -1:
+            self.recorder.needed_by[name] |= operations
+        else:
+            self._pending[name] |= operations
+
+    def _needed(self, name: str, operations: int) -> None:
+        operations |= self._pending.pop(name, 0)
+        self.recorder.needed_by[name] = self.recorder.needed_by.pop(name, 0) | operations
 
     def _input_grad(self, candidate: str, run: _Run, grad: Tensor) -> None:
         through_the_tensor = self.recorder.ancestors(grad) & ~run.ancestors
-        operation = self.recorder.new_operation(run.into)
+        operation = self.recorder.new_operation(self.forms.rank * run.into)
         self.recorder.needed_by[candidate] |= operation
         self.recorder.run_only_if(operation, through_the_tensor)
 
+    def _frozen_runs(self, tensor: str, run: _Run) -> None:
+        self._also_needed(tensor, 0)
+
     def _frozen_ran(self, tensor: str, run: _Run, input: Tensor, output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(partial(self._frozen_grad, tensor, 2 * input.numel() * output.shape[-1]))
+            output.register_hook(partial(self._frozen_grad, tensor, run.into * output.shape[-1]))
 
     def _frozen_grad(self, tensor: str, cost: int, grad: Tensor) -> None:
-        needed = self.recorder.ancestors(grad) | self.recorder.new_operation(cost)
-        self.recorder.needed_by[tensor] = self.recorder.needed_by.pop(tensor, 0) | needed
+        self._needed(tensor, self.recorder.ancestors(grad) | self.recorder.new_operation(cost))
 
     def _update_ran(self, run: _Run, input: Tensor, output: Tensor) -> None:
         self.recorder.added_forward_cost += self.recorder.forward_cost - run.forward_cost
@@ -163,13 +196,13 @@ class NoticeLowRank:
         run.ancestors = self.recorder.ancestors(grad)
 
     def _update_input_grad(self, run: _Run, grad: Tensor) -> None:
-        self.recorder.added |= self.recorder.ancestors(grad) & ~run.ancestors
+        self.recorder.added |= self.recorder.ancestors(grad) & ~run.ancestors & ~self.recorder.recomputed
 
 
 @dataclass
 class _Run:
-    """One run of a module: what was recorded before it, FLOPs of a product with either factor, its input times the first
-    factor, and the ancestors of the gradient of its output."""
+    """One run of a module: what was recorded before it, FLOPs of a product with a factor of rank one, its input times the
+    first factor, and the ancestors of the gradient of its output."""
 
     operations: int
     forward_cost: int

@@ -2,7 +2,7 @@
 
     >>> form = LowRankForm(rank=8, lr=10.0)
     >>> A, B = form.first_factor(in_features=576, seed=0), torch.zeros(192, form.rank)
-    >>> output = linear(x) + LowRankUpdate()(x, A, B, form.scale)
+    >>> output = linear(x) + LowRankUpdate()(x, A, B, form)
 
 LoRA (Hu et al., 2021, section 4.1) wants a learning rate about ten times that of whole tensors. Schedulers keep a learning
 rate for every parameter group that an optimizer had when they were made, and checkpoints of optimizers are loaded by
@@ -54,9 +54,10 @@ class LowRankForm:
 class LowRankUpdate(nn.Module):
     """Runs the update. It has no parameters of its own."""
 
-    def forward(self, x: Tensor, factor_a: Tensor, factor_b: Tensor, scale: float) -> Tensor:
-        # Scaled where it is smallest.
-        return F.linear(F.linear(x, factor_a.to(x.dtype)) * scale, factor_b.to(x.dtype))
+    def forward(self, x: Tensor, factor_a: Tensor, factor_b: Tensor, form: LowRankForm) -> Tensor:
+        # Scaled before they are cast: in half precision their gradients are then no larger than those of LoRA.
+        reduced = F.linear(x, (factor_a * (form.lr * ALPHA_PER_RANK)).to(x.dtype))
+        return F.linear(reduced, (factor_b * form.lr).to(x.dtype))
 
 
 def seed_of(tensor: str) -> int:

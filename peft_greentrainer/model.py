@@ -154,6 +154,10 @@ class GreenTrainerModel(BaseTuner):
         for name, expected in peft_config.tensors.items():
             if name not in found:
                 reason = f"is tied to {names[name]}" if name in names else "is not a candidate tensor of this model"
+                if is_low_rank(name) and not peft_config.low_rank:
+                    raise ValueError(
+                        f"This delta changes {name}, and low_rank is 0 here: load it with the config that was saved with it."
+                    )
                 raise ValueError(f"This delta changes {name}, which {reason}. {ELSEWHERE}")
             peft_config.tensors[name] = fingerprint(*found[name])
             if expected is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .low_rank_cost import NoticeLowRank
 from .recorder import CostRecorder
 
 
@@ -34,7 +35,7 @@ def record(
         if grad is not None:  # a custom function may give none
             on_gradient(name, grad)
 
-    with _left_as_it_was(model), ExitStack() as hooks:
+    with _left_as_it_was(model), NoticeLowRank(recorder), ExitStack() as hooks:
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
             hooks.callback(parameter.register_hook(partial(arrived, name)).remove)

@@ -28,7 +28,7 @@ from .around import around
 from .backward import open_probes
 from .cost import CostGraph
 from .forms import candidate_of
-from .low_rank_cost import LowRank
+from .low_rank_cost import LowRank, NoticeLowRank
 from .measure import Measure
 from .passes import free_gradient, loss_of, record
 from .recorder import CostRecorder, tensors_in
@@ -195,6 +195,7 @@ class Probe:
                 self._opened.callback(parameter.requires_grad_, False)
                 self._opened.callback(parameter.register_post_accumulate_grad_hook(free_gradient).remove)
             self._opened.callback(parameter.register_hook(partial(self._arrived, name)).remove)
+        self._opened.enter_context(NoticeLowRank(self.recorder))
         open_probes.add(self)
         self._opened.callback(open_probes.discard, self)
 
@@ -214,6 +215,7 @@ class Probe:
         """What was recorded of a backward pass that was not finished means nothing: measure from the start."""
         self.recorder = CostRecorder(self.forms, self._measured)
         self._graphs = dict.fromkeys(self._graphs, (0, 0))
+        self.close()  # what it has opened notes down in the old recorder
         self._sums.clear()
         self.measure.reset()
         self.passes = 0

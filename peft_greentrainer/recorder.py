@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from .attention import NoticeTrainedBias
 from .forced import NoticeForcedGradient
 from .formulas import looks_like_matmul, missing_formulas
-from .low_rank_cost import LowRank, NoticeLowRank
+from .low_rank_cost import LowRank
 
 
 _numbers = itertools.count()
@@ -59,8 +59,11 @@ class CostRecorder(TorchDispatchMode):
         self._is_whole: dict[type, bool] = {}
         self._running = 0
         self._running_as = 0
-        self._recomputed = 0
+        self.recomputed_so_far = 0  # of the segment that gradient checkpointing runs again
+        self.recomputed = 0  # of all of them
         self._stops_early = False
+        self._is_aside = False
+        self._active = 0
         self._formulas = {**flop_registry, **{op: shape_wrapper(f) for op, f in missing_formulas().items()}}
         self._flops_of: dict[tuple, int] = {}
         self._formula_of: dict[int, Callable[..., int] | None] = {}
@@ -87,18 +90,41 @@ class CostRecorder(TorchDispatchMode):
         self.forced = int(state["forced"], 16)
         self.conditions = {operation: (on, wanted) for operation, on, wanted in state["conditions"]}
 
+    def __enter__(self) -> CostRecorder:
+        self._active += 1
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._active -= 1
+        super().__exit__(*exception)
+
+    @property
+    def is_active(self) -> bool:
+        return self._active > 0
+
     @contextmanager
     def forward(self) -> Iterator[None]:
         """For the forward pass: also notices what makes backward operations depend on more than the trained tensors."""
-        with self, NoticeLowRank(self, self.forms), NoticeTrainedBias(self), NoticeForcedGradient(self):
+        with self, NoticeTrainedBias(self), NoticeForcedGradient(self):
             yield
 
     def mark(self, name: str, grad: Tensor) -> None:
         """Note that `grad` is the gradient of the tensor `name`. Call it as gradients arrive."""
         self.needed_by[name] = self.needed_by.pop(name, 0) | self.ancestors(grad)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """For operations that measure something, and are no part of the pass."""
+        self._is_aside = True
+        try:
+            yield
+        finally:
+            self._is_aside = False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._is_aside:
+            return func(*args, **kwargs)
         if id(func) not in self._formula_of:  # hashing an operator is slow
             self._formula_of[id(func)] = self._find_formula(func, args)
         if self._formula_of[id(func)] is _decompose:
@@ -117,13 +143,15 @@ class CostRecorder(TorchDispatchMode):
         if torch.is_grad_enabled():
             # Gradient checkpointing runs a segment of the forward pass again.
             if cost:
-                self._recomputed |= self.new_operation(cost)
-            inherited |= self._recomputed
-        elif self._recomputed and func is torch.ops.aten.detach.default:
+                operation = self.new_operation(cost)
+                self.recomputed_so_far |= operation
+                self.recomputed |= operation
+            inherited |= self.recomputed_so_far
+        elif self.recomputed_so_far and func is torch.ops.aten.detach.default:
             # Non-reentrant checkpointing saves a tensor again, and stops after the last that is asked for: so whoever
             # uses this one needs what was run so far.
             self._stops_early = True
-            inherited |= self._recomputed
+            inherited |= self.recomputed_so_far
         else:
             self._end_segment()
             if func is torch.ops.aten.convolution_backward.default:
@@ -202,13 +230,13 @@ class CostRecorder(TorchDispatchMode):
             self.conditions[operation] = (condition.bit_length() - 1, False)
 
     def _end_segment(self) -> None:
-        if self._recomputed and not self._stops_early:
+        if self.recomputed_so_far and not self._stops_early:
             # Reentrant checkpointing runs the whole segment for whoever needs any of it.
-            first, *others = bits_of(self._recomputed)
+            first, *others = bits_of(self.recomputed_so_far)
             for operation in others:
                 self.costs[first] += self.costs[operation]
                 self.costs[operation] = 0
-        self._recomputed = 0
+        self.recomputed_so_far = 0
         self._stops_early = False
 
     def _split_convolution_backward(self, cost: int, inherited: int, args, kwargs, out) -> None:

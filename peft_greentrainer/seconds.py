@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .forced import NoticeForcedGradient
+from .low_rank_cost import LowRank
 from .passes import record
 from .recorder import CostRecorder
 
@@ -55,6 +56,7 @@ class Stopwatch:
     """Times a pass as a whole, where a recorder would look into it."""
 
     forward_cost = backward_cost = 0
+    forms = LowRank()
 
     def mark(self, name: str, grad: Tensor) -> None:
         pass
