@@ -11,9 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_adapter import outputs
 from torch import nn
+from transformers import Adafactor
 
 from peft_greentrainer import GreenTrainerConfig, convert_to_lora, export_tensors, profile, select
-from peft_greentrainer.allocation import allocator_of
+from peft_greentrainer.allocation import _apply, allocator_of
 from peft_greentrainer.forms import factors, is_low_rank, low_rank_form, tensor_of
 from peft_greentrainer.formulas import flop_counter
 from peft_greentrainer.low_rank_update import LowRankForm
@@ -180,7 +181,7 @@ def test_what_was_learned_in_either_form_stays():
     for selected in ({low_rank_form(name)}, {name}, {low_rank_form(name)}, {"model.norm.weight"}):
         loop.model.eval()
         before = outputs(loop.model, "llama")
-        allocator_apply(loop, selected)
+        _apply(loop.model.get_base_model(), "default", frozenset(selected), loop.optimizer)
         assert torch.equal(outputs(loop.model, "llama"), before)
         trained = {n for n, p in loop.model.named_parameters() if p.requires_grad}
         assert len(trained) == len(selected) + sum(map(is_low_rank, selected))
@@ -189,12 +190,6 @@ def test_what_was_learned_in_either_form_stays():
         assert not torch.equal(outputs(loop.model, "llama"), before)
     assert {name, low_rank_form(name)} <= loop.model.peft_config["default"].tensors.keys()
     assert allocator.selection is not None
-
-
-def allocator_apply(loop, selected):
-    from peft_greentrainer.allocation import _apply
-
-    _apply(loop.model.get_base_model(), "default", frozenset(selected), loop.optimizer)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "llama-tied", "t5", "mixture"])
@@ -310,3 +305,48 @@ def test_bad_options_are_refused(options, match):
 def test_low_rank_forms_have_no_seconds():
     with pytest.raises(ValueError, match="known in FLOPs only"):
         profile(make_model("llama"), make_batch("llama"), unit="seconds", low_rank=2)
+
+
+class Gated(nn.Module):
+    """Linear modules that are called by keyword, and one that gives more than a product."""
+
+    class Router(nn.Linear):
+        def forward(self, hidden):
+            logits = super().forward(hidden)
+            return logits, logits.softmax(-1)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.router, self.last = nn.Linear(6, 6), self.Router(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        logits, weights = self.router(hidden=self.first(input=x))
+        return {"loss": self.last(logits * weights).square().mean()}
+
+
+def test_linear_modules_that_are_called_otherwise():
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(5, 6)}
+    graph = profile(Gated(), batch, low_rank=2)
+    assert [name for name in graph.tensors if is_low_rank(name)] == ["last.weight_low_rank"]
+    for low_rank in (0, 2):
+        model = get_peft_model(Gated(), GreenTrainerConfig(rho=0.9, low_rank=low_rank))
+        loop = Loop(model)
+        for _ in range(4):
+            loop.step(batch)
+        assert loop.selection.ratio <= 0.9
+
+
+def test_a_file_with_updates_is_refused_without_its_config(tmp_path):
+    loop = run(steps=4)
+    loop.model.save_pretrained(tmp_path)
+    config = GreenTrainerConfig.from_pretrained(tmp_path)
+    config.low_rank = 0
+    with pytest.raises(ValueError, match="low_rank is 0 here: load it with the config"):
+        PeftModel.from_pretrained(make_model("llama"), tmp_path, config=config)
+
+
+def test_an_optimizer_without_a_learning_rate():
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.6, low_rank=2))
+    loop = Loop(model, make_optimizer=Adafactor).run(4)
+    assert loop.selection.low_rank
