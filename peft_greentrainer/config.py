@@ -21,6 +21,7 @@ class GreenTrainerConfig(PeftConfig):
 
         >>> config = GreenTrainerConfig(rho=0.5, task_type="CAUSAL_LM")
         >>> config = GreenTrainerConfig(rho=0.4, exclude_modules=["embed_tokens"], reselect="epoch")
+        >>> config = GreenTrainerConfig(rho=0.7, low_rank="only")
 
     Args:
         rho (`float`):
