@@ -11,21 +11,18 @@ import argparse
 import copy
 import json
 import tempfile
-import time
 import warnings
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
-from benchmark_step import LLAMA_70B, Loop, make_model, peak_bytes, seconds
+from benchmark_step import Loop, make_model, peak_bytes, seconds, time_selection_of_70b
 from memory import keep_freed_memory
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_greentrainer import GreenTrainerConfig, profile, select
+from peft_greentrainer import GreenTrainerConfig
 
 
 RANK = 8
@@ -57,21 +54,6 @@ def peaks_of_probes(base: nn.Module, batch: dict[str, torch.Tensor], rho: float,
         loop.budgeted_step()
         peaks[f"low_rank={low_rank!r}"] = peak_bytes(loop.backward, device)
     return peaks
-
-
-def time_selection_of_70b(rounds: int = 6) -> tuple[int, float]:
-    """How many candidates an 80-layer Llama has with two forms, and milliseconds to select from them."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA_70B))
-        ids = torch.zeros(4, 512, dtype=torch.long)
-    graph = profile(model, {"input_ids": ids, "labels": ids}, low_rank=RANK)
-    importance = dict(zip(graph.tensors, np.random.default_rng(0).lognormal(0, 2, len(graph.tensors)).tolist()))
-    taken = []
-    for rho in np.linspace(0.4, 0.9, rounds):
-        start = time.perf_counter()
-        select(graph, importance, rho)
-        taken.append(time.perf_counter() - start)
-    return len(graph.tensors), 1e3 * median(taken)
 
 
 def main() -> None:
@@ -114,7 +96,7 @@ def main() -> None:
     peaks = peaks_of_probes(base, batch, args.rho[0], args.device)
     for kind, peak in peaks.items():
         print(f"peak memory of a probe, {kind}: {peak / 2**20:.1f} MiB")
-    candidates, milliseconds = time_selection_of_70b()
+    _, candidates, milliseconds = time_selection_of_70b(low_rank=RANK)
     print(f"select from the {candidates} candidates of a 70B Llama: {milliseconds:.1f} ms")
     measured = {"rows": rows, "probe_bytes": peaks, "select_ms": milliseconds}
     print(json.dumps({"arguments": vars(args), "torch": torch.__version__, **measured}))

@@ -206,17 +206,17 @@ def time_selection(tensors: int = 1000, rounds: int = 9) -> float:
     )
 
 
-def time_selection_of_70b(rounds: int = 6) -> tuple[float, float]:
-    """Seconds to profile the configuration of a 70B Llama on the meta device, and milliseconds to select from it."""
+def time_selection_of_70b(rounds: int = 6, low_rank: int = 0) -> tuple[float, int, float]:
+    """A 70B Llama on the meta device: seconds to profile it, its candidates, and milliseconds to select from them."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_70B))
         ids = torch.zeros(4, 512, dtype=torch.long)
     start = time.perf_counter()
-    graph = profile(model, {"input_ids": ids, "labels": ids})
+    graph = profile(model, {"input_ids": ids, "labels": ids}, low_rank=low_rank)
     profiling = time.perf_counter() - start
     importance = dict(zip(graph.tensors, np.random.default_rng(0).lognormal(0, 2, len(graph.tensors)).tolist()))
     taken = [seconds(lambda: select(graph, importance, rho), "cpu") for rho in np.linspace(0.4, 0.9, rounds)]
-    return profiling, 1e3 * median(taken)
+    return profiling, len(graph.tensors), 1e3 * median(taken)
 
 
 def time_fingerprints_of_7b() -> float:
@@ -251,7 +251,7 @@ def main() -> None:
     time_of = time_steps(args, base, batch)
     peaks = measure_memory(args, base, batch)
     selecting = time_selection()
-    profiling_70b, selecting_70b = time_selection_of_70b()
+    profiling_70b, _, selecting_70b = time_selection_of_70b()
     prints_7b = time_fingerprints_of_7b()
 
     print(f"{'seconds':32} median of {args.rounds}")

@@ -25,9 +25,9 @@ def is_low_rank(candidate: str) -> bool:
     return candidate.endswith(LOW_RANK)
 
 
-def tensor_of(candidate: str) -> str:
-    """The tensor that a candidate trains, in whichever form."""
-    return candidate.removesuffix(LOW_RANK)
+def tensor_of(name: str) -> str:
+    """The tensor that a candidate, or a parameter of one, trains in whichever form."""
+    return candidate_of(name).removesuffix(LOW_RANK)
 
 
 def factors(candidate: str) -> tuple[str, str]:

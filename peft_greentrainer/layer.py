@@ -86,7 +86,7 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         values[name] = nn.Parameter(value, requires_grad=False)
         # In one order, whenever they came: an optimizer's state is loaded by position.
         tensors = list(self.base_layer._parameters)
-        for kept in sorted(values, key=lambda kept: (tensors.index(tensor_of(candidate_of(kept))), kept)):
+        for kept in sorted(values, key=lambda kept: (tensors.index(tensor_of(kept)), kept)):
             values[kept] = values.pop(kept)
 
     def drop_value(self, adapter_name: str, tensor: str) -> None:
@@ -121,7 +121,7 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
                 values[name] = nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad)
 
     def _value_dtype(self, adapter_name: str, tensor: str) -> torch.dtype:
-        dtype = self.base_tensor(tensor_of(candidate_of(tensor))).dtype
+        dtype = self.base_tensor(tensor_of(tensor)).dtype
         return torch.float32 if self._float32_values[adapter_name] and dtype.itemsize < 4 else dtype
 
     # Tensors
@@ -285,7 +285,7 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         values = self.greentrainer_values[adapter_name] if adapter_name in self.greentrainer_values else {}
         for name, value in list(values.items()):
             if value.device.type != "meta":
-                value.data = value.data.to(device or self.base_tensor(tensor_of(candidate_of(name))).device)
+                value.data = value.data.to(device or self.base_tensor(tensor_of(name)).device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._selected.pop(adapter_name, None)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer
 
 from .delta import base_name
-from .forms import candidate_of, tensor_of
+from .forms import tensor_of
 from .layer import GreenTrainerLayer
 
 
@@ -32,7 +32,7 @@ def group_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, di
         if isinstance(module, GreenTrainerLayer):
             for name, base in module.base_layer.named_parameters(recurse=False):
                 adapters = module.greentrainer_values.values()
-                values = [v[n] for v in adapters for n in v if tensor_of(candidate_of(n)) == name]
+                values = [v[n] for v in adapters for n in v if tensor_of(n) == name]
                 groups = [index_of_group[id(p)] for p in values if id(p) in index_of_group]
                 names.append(base_name(f"{key}.{name}"))
                 decays.append(f"{key}.base_layer.{name}" in decayed)
@@ -69,7 +69,7 @@ def keep_in_step(
         if isinstance(module, GreenTrainerLayer) and adapter_name in module.greentrainer_values:
             for name, value in module.greentrainer_values[adapter_name].items():
                 if id(value) not in members:
-                    groups[tensor_of(candidate_of(base_name(f"{key}.{name}")))]["params"].append(value)
+                    groups[tensor_of(base_name(f"{key}.{name}"))]["params"].append(value)
                 if not value.requires_grad:
                     optimizer.state.pop(value, None)
 
