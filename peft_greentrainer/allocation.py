@@ -209,7 +209,8 @@ class Allocator:
             parameters = {name: p for name, p in parameters.items() if candidate_of(name) == name}
         if config.low_rank:
             forms = forms_of(self.model, adapter_name)
-            parameters = {name: p for name, p in parameters.items() if name not in forms.frozen}
+            no_gradient = set(forms.frozen.values())
+            parameters = {name: p for name, p in parameters.items() if name not in no_gradient}
             measure = CrossBatch(rule, rates, set(candidates(self.model, config)))
             extra = {"forms": forms, "batches": config.importance_batches + 1}
         else:

@@ -38,8 +38,8 @@ class GreenTrainerConfig(PeftConfig):
             the memory of the budgeted step but not of a full one.
         low_rank (`Union[int, str]`):
             Offer every linear tensor in two forms, of which one is selected at most: whole, or as a low-rank update of
-            this rank, as in LoRA. `"only"`: linear tensors as low-rank updates only, of the rank `r`. 0: whole tensors
-            only, as in the paper. With low-rank forms importance is that of the update from one batch on the next, so
+            this rank, as in LoRA. `"only"`: linear tensors as low-rank updates only, of the rank `r`, and those that are
+            tied not at all. 0: whole tensors only, as in the paper. With low-rank forms importance is that of the update from one batch on the next, so
             that a probe takes one batch more.
         low_rank_lr (`float`):
             The learning rate of low-rank updates, as a multiple of the optimizer's. It is part of what was saved: the

@@ -38,7 +38,7 @@ class LowRank:
         updates: the modules that run the update of a form which exists; their products are no part of full fine-tuning.
         provisional: whether those updates will be gone in the steps that the cost graph is about.
         first_factor: for each form that does not exist yet, gives the `A` (rank, in) that it would begin with, scaled.
-        frozen: the linear modules whose tensor is no candidate whole and gets no gradient, by that tensor.
+        frozen: the tensors of linear modules that are no candidates whole and get no gradient, by each module that reads them.
     """
 
     rank: int = 0
@@ -46,7 +46,7 @@ class LowRank:
     updates: tuple[nn.Module, ...] = ()
     provisional: bool = False
     first_factor: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
-    frozen: Mapping[str, nn.Module] = field(default_factory=dict)
+    frozen: Mapping[nn.Module, str] = field(default_factory=dict)
 
 
 class Recorder(Protocol):
@@ -67,6 +67,8 @@ class Recorder(Protocol):
 
     def ancestors(self, tensor: Tensor) -> int: ...
 
+    def inherit(self, tensor: Tensor, ancestors: int) -> None: ...
+
     def aside(self) -> AbstractContextManager[None]: ...
 
     def run_only_if(self, operations: int, condition: int) -> None: ...
@@ -79,8 +81,9 @@ class NoticeLowRank:
         self.recorder = recorder
         self.forms = recorder.forms
         self._hooks = ExitStack()
-        self._linear = {*self.forms.linear.values(), *self.forms.frozen.values()}
+        self._linear = {*self.forms.linear.values(), *self.forms.frozen}
         self._pending: dict[str, int] = defaultdict(int)
+        self._recomputed_before: dict[str, int] = {}
 
     def __enter__(self) -> None:
         for candidate, module in self.forms.linear.items():
@@ -90,9 +93,12 @@ class NoticeLowRank:
                 partial(self._linear_ran, candidate),
                 partial(self._input_grad, candidate),
             )
-        for tensor, module in self.forms.frozen.items():
+        for module, tensor in self.forms.frozen.items():
             self._watch(
-                module, partial(self._frozen_runs, tensor), partial(self._frozen_ran, tensor), lambda run, grad: None
+                module,
+                partial(self._frozen_runs, tensor),
+                partial(self._frozen_ran, tensor),
+                partial(self._frozen_input_grad, tensor),
             )
         for module in self.forms.updates:
             self._watch(module, lambda run: None, self._update_ran, self._update_input_grad)
@@ -114,7 +120,7 @@ class NoticeLowRank:
                 return None
             first, *others = args
             run = _Run(len(self.recorder.costs), self.recorder.forward_cost)
-            if module in self._linear:
+            if module in self._linear and first.is_floating_point():  # an embedding looks up, for no FLOPs
                 run.into = 2 * first.numel()
                 run.out = run.into // first.shape[-1] * (module.weight.numel() // first.shape[-1])
             running.append(run)
@@ -178,6 +184,7 @@ class NoticeLowRank:
 
     def _frozen_runs(self, tensor: str, run: _Run) -> None:
         self._also_needed(tensor, 0)
+        self._recomputed_before[tensor] = self.recorder.recomputed_so_far
 
     def _frozen_ran(self, tensor: str, run: _Run, input: Tensor, output: Tensor) -> None:
         if output.requires_grad:
@@ -185,6 +192,10 @@ class NoticeLowRank:
 
     def _frozen_grad(self, tensor: str, cost: int, grad: Tensor) -> None:
         self._needed(tensor, self.recorder.ancestors(grad) | self.recorder.new_operation(cost))
+
+    def _frozen_input_grad(self, tensor: str, run: _Run, grad: Tensor) -> None:
+        # Checkpointing saves the frozen tensor itself, so nothing tells that the gradient waits for what is run before.
+        self.recorder.inherit(grad, self._recomputed_before[tensor])
 
     def _update_ran(self, run: _Run, input: Tensor, output: Tensor) -> None:
         self.recorder.added_forward_cost += self.recorder.forward_cost - run.forward_cost

@@ -9,30 +9,34 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from .forms import low_rank_form, tensor_of
+from .delta import base_name
+from .forms import low_rank_form
 from .linear import GreenTrainerLinear
 from .low_rank_cost import LowRank
 from .low_rank_update import LowRankForm, seed_of
-from .values import candidates, layers
+from .targets import plan_wrappers
+from .values import candidate_tensors, layers
 
 
 def forms_of(model: nn.Module, adapter_name: str) -> LowRank:
     """The low-rank forms that the adapter offers, and those that it has; provisional ones may be gone after a probe."""
     config = model.peft_config[adapter_name]
     form = LowRankForm.of(config)
-    linear, updates, first_factor, frozen = {}, [], {}, {}
-    offered = set(candidates(model, config))
+    plan = plan_wrappers(config, model)
+    offered = candidate_tensors(plan, model, config).keys()
     lasting = set() if config.provisional else config.tensors.keys()
-    for key, layer in layers(model).items():
-        if isinstance(layer, GreenTrainerLinear):
-            if hasattr(layer, "greentrainer_update"):
-                updates.append(layer.greentrainer_update)
-            candidate = low_rank_form(f"{key}.weight")
-            if candidate in offered and tensor_of(candidate) not in offered:
-                frozen[tensor_of(candidate)] = layer.base_layer
-            if candidate in offered - lasting:
+    linear, first_factor, frozen = {}, {}, {}
+    for key, (own, read) in plan.items():
+        layer = model.get_submodule(key)
+        for name, (owner, owned) in ({name: (key, name) for name in own} | read).items():
+            tensor = base_name(f"{owner}.{owned}")
+            if tensor not in offered:
+                frozen[layer.base_layer] = tensor
+            candidate = low_rank_form(tensor)
+            if candidate in offered and candidate not in lasting:
                 linear[candidate] = layer.base_layer
                 first_factor[candidate] = partial(_scaled_first_factor, form, layer.in_features, seed_of(candidate))
+    updates = [layer.greentrainer_update for layer in layers(model).values() if hasattr(layer, "greentrainer_update")]
     return LowRank(form.rank, linear, tuple(updates), config.provisional, first_factor, frozen)
 
 

@@ -292,10 +292,10 @@ def _provisional_selection(sizes: dict[str, int], rho: float) -> list[str]:
     """
     low_rank = {tensor_of(name) for name in sizes if is_low_rank(name)}
     offered = {name: size for name, size in sizes.items() if name not in low_rank}
-    room = (3 * rho - 1 if low_rank else 1.5 * rho - 0.5) * sum(offered.values())
+    room = (3 * rho - 1) * sum(offered.values())
     selected = []
     for name, size in reversed(offered.items()):
-        room -= size
+        room -= size if is_low_rank(name) else 2 * size
         if room < 0 and selected:
             break
         selected.insert(0, name)

@@ -32,24 +32,30 @@ def candidate_tensors(
     plan: WrapperPlan, model: nn.Module, config: GreenTrainerConfig
 ) -> dict[str, tuple[Tensor, list[str]]]:
     """The base tensor of every candidate, each with the other names that it is tied to."""
-    tied = defaultdict(list)
-    for key, (_, readers) in plan.items():
-        for name, (owner, owned) in readers.items():
-            tied[base_name(f"{owner}.{owned}")].append(base_name(f"{key}.{name}"))
+    tied, of_linear = defaultdict(list), set()
+    for key, (own, read) in plan.items():
+        owners = {name: (key, name) for name in own} | read
+        for name, (owner, owned) in owners.items():
+            full_name = base_name(f"{owner}.{owned}")
+            if name in read:
+                tied[full_name].append(base_name(f"{key}.{name}"))
+            if name == "weight" and can_be_low_rank(_bare(model.get_submodule(key))):
+                of_linear.add(full_name)
     found = {}
     for key, (own, _) in plan.items():
         module = model.get_submodule(key)
-        wrapped = isinstance(module, GreenTrainerLayer)
-        linear = can_be_low_rank(module.base_layer if wrapped else module)
         for name, tensor in own.items():
             full_name = base_name(f"{key}.{name}")
-            data = module.base_data(name) if wrapped else tensor.data
-            low_rank = config.low_rank and linear and name == "weight" and not tied[full_name]
-            if not (low_rank and config.low_rank == "only"):
+            data = module.base_data(name) if isinstance(module, GreenTrainerLayer) else tensor.data
+            if not (config.low_rank == "only" and full_name in of_linear):
                 found[full_name] = data, tied[full_name]
-            if low_rank:
+            if config.low_rank and full_name in of_linear and not tied[full_name]:
                 found[low_rank_form(full_name)] = data, []
     return found
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, GreenTrainerLayer) else module
 
 
 def candidates(model: nn.Module, config: GreenTrainerConfig) -> list[str]:

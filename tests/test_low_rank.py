@@ -19,7 +19,7 @@ from peft_greentrainer.forms import factors, is_low_rank, low_rank_form, tensor_
 from peft_greentrainer.formulas import flop_counter
 from peft_greentrainer.low_rank_update import LowRankForm
 from peft_greentrainer.measure import CrossBatch
-from peft_greentrainer.values import layers
+from peft_greentrainer.values import candidates, layers
 
 
 RANK = 3
@@ -83,7 +83,7 @@ def run(kind="llama", steps=6, lr=1e-2, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"low_rank": "only"}, {"probe_batch_size": 2}], ids=str)
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bert", "bart", "mixture", "qwen3-next"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "opt", "bert", "bart", "mixture", "qwen3-next"])
 def test_a_step_costs_what_was_planned(kind, options):
     loop = run(kind, steps=3, **options)
     allocator, batch = allocator_of(loop.model.get_base_model()), make_batch(kind)
@@ -100,11 +100,16 @@ def test_a_step_costs_what_was_planned(kind, options):
     assert True in forms
 
 
-def test_only_offers_no_whole_linear_tensors():
-    model = run(low_rank="only").model
-    names = model.peft_config["default"].tensors
-    whole = [name for name in names if not is_low_rank(name)]
-    assert any(map(is_low_rank, names)) and all("norm" in name or "embed" in name for name in whole)
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "t5"])
+def test_only_offers_no_whole_linear_tensors(kind):
+    base = make_model(kind)
+    of_linear = {id(module.weight) for module in base.modules() if isinstance(module, nn.Linear)}
+    linear = {name for name, parameter in base.named_parameters() if id(parameter) in of_linear}
+    config = GreenTrainerConfig(low_rank="only")
+    offered = candidates(get_peft_model(base, config).get_base_model(), config)
+    assert any(map(is_low_rank, offered)) and not linear & set(offered)
+    # A head that is tied to the embedding has no low-rank form, and so none at all.
+    assert any("embed" in name for name in offered) == (kind == "llama")
 
 
 def test_at_rho_one_linear_tensors_are_whole_unless_none_are_offered():
