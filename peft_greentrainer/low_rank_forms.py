@@ -9,12 +9,11 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from .delta import base_name
 from .forms import low_rank_form
 from .linear import GreenTrainerLinear
 from .low_rank_cost import LowRank
 from .low_rank_update import LowRankForm, seed_of
-from .targets import plan_wrappers
+from .targets import plan_wrappers, uses
 from .values import candidate_tensors, layers
 
 
@@ -26,16 +25,13 @@ def forms_of(model: nn.Module, adapter_name: str) -> LowRank:
     offered = candidate_tensors(plan, model, config).keys()
     lasting = set() if config.provisional else config.tensors.keys()
     linear, first_factor, frozen = {}, {}, {}
-    for key, (own, read) in plan.items():
-        layer = model.get_submodule(key)
-        for name, (owner, owned) in ({name: (key, name) for name in own} | read).items():
-            tensor = base_name(f"{owner}.{owned}")
-            if tensor not in offered:
-                frozen[layer.base_layer] = tensor
-            candidate = low_rank_form(tensor)
-            if candidate in offered and candidate not in lasting:
-                linear[candidate] = layer.base_layer
-                first_factor[candidate] = partial(_scaled_first_factor, form, layer.in_features, seed_of(candidate))
+    for key, _, tensor in uses(plan):
+        layer, candidate = model.get_submodule(key), low_rank_form(tensor)
+        if tensor not in offered:
+            frozen[layer.base_layer] = tensor
+        if candidate in offered and candidate not in lasting:
+            linear[candidate] = layer.base_layer
+            first_factor[candidate] = partial(_scaled_first_factor, form, layer.in_features, seed_of(candidate))
     updates = [layer.greentrainer_update for layer in layers(model).values() if hasattr(layer, "greentrainer_update")]
     return LowRank(form.rank, linear, tuple(updates), config.provisional, first_factor, frozen)
 

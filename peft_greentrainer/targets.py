@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -22,6 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import GreenTrainerConfig
+from .delta import base_name
 from .layer import GreenTrainerLayer
 from .trainable import can_be_trained
 
@@ -67,6 +68,15 @@ def plan_wrappers(config: GreenTrainerConfig, model: nn.Module) -> WrapperPlan:
             for key, name, _ in readers:
                 plan[key][1][name] = (owner, owned)
     return dict(plan)
+
+
+def uses(plan: WrapperPlan) -> Iterator[tuple[str, str, str]]:
+    """Every use of a candidate tensor, by its owner or by who reads it: the module, its name there, and that of the tensor."""
+    for key, (own, read) in plan.items():
+        for name in own:
+            yield key, name, base_name(f"{key}.{name}")
+        for name, (owner, owned) in read.items():
+            yield key, name, base_name(f"{owner}.{owned}")
 
 
 def _owners(model: nn.Module) -> dict[str, nn.Module]:

@@ -20,7 +20,7 @@ from .forms import is_low_rank, low_rank_form
 from .layer import GreenTrainerLayer
 from .linear import can_be_low_rank
 from .low_rank_update import seed_of
-from .targets import WrapperPlan, plan_wrappers
+from .targets import WrapperPlan, plan_wrappers, uses
 
 
 def layers(model: nn.Module) -> dict[str, GreenTrainerLayer]:
@@ -33,14 +33,11 @@ def candidate_tensors(
 ) -> dict[str, tuple[Tensor, list[str]]]:
     """The base tensor of every candidate, each with the other names that it is tied to."""
     tied, of_linear = defaultdict(list), set()
-    for key, (own, read) in plan.items():
-        owners = {name: (key, name) for name in own} | read
-        for name, (owner, owned) in owners.items():
-            full_name = base_name(f"{owner}.{owned}")
-            if name in read:
-                tied[full_name].append(base_name(f"{key}.{name}"))
-            if name == "weight" and can_be_low_rank(_bare(model.get_submodule(key))):
-                of_linear.add(full_name)
+    for key, name, tensor in uses(plan):
+        if (here := base_name(f"{key}.{name}")) != tensor:
+            tied[tensor].append(here)
+        if name == "weight" and can_be_low_rank(_bare(model.get_submodule(key))):
+            of_linear.add(tensor)
     found = {}
     for key, (own, _) in plan.items():
         module = model.get_submodule(key)
