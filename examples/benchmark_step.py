@@ -10,6 +10,7 @@ of the allocator over one forward and backward pass, weights not counted.
 
 import argparse
 import copy
+import gc
 import json
 import time
 import warnings
@@ -120,6 +121,7 @@ def seconds(step: Callable[[], None], device: str) -> float:
 
 def peak_bytes(run: Callable[[], None], device: str) -> int:
     """The most memory that was allocated during `run` beyond what was before."""
+    gc.collect()  # models of before, freed meanwhile, would be subtracted
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
