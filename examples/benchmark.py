@@ -9,8 +9,8 @@
 
 A budget is what so many steps of full fine-tuning cost, with everything that a method spends on probes and profiles. At
 every budget the learning rate of a method is the best on the validation split at equal FLOPs, with seeds that the
-comparisons do not use. Every run appends a line to a file of JSON lines; what is there already is not run again, so the command goes on
-where it was stopped. The runs themselves, and what their lines say, are in `benchmark_run.py`.
+comparisons do not use. Every run appends a line to a file of JSON lines; what is there already is not run again, so the
+command goes on where it was stopped. The runs themselves, and what their lines say, are in `benchmark_run.py`.
 """
 
 import json
