@@ -4,8 +4,9 @@
     python examples/benchmark_report.py                        # of examples/results/benchmark.jsonl
     python examples/benchmark_report.py other.jsonl
 
-Prints a table in markdown for every task, comparison and budget, sorted by loss, each number a mean over seeds with the
-standard deviation; and saves, next to the JSON lines, a plot of the loss over FLOPs for every task.
+Prints in markdown, for every task and comparison: the loss and the last score of each method at each budget, best loss
+first, then a table for each budget with all that was measured. Each number is a mean over seeds, with the standard
+deviation. Saves, next to the JSON lines, a plot of the loss over FLOPs for every task and comparison.
 """
 
 import json
@@ -41,11 +42,34 @@ def with_spread(values: list[float]) -> str:
     return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
+def print_row(*cells: str) -> None:
+    print("|".join(["", *cells, ""]))
+
+
+def print_summary(runs: list[dict[str, Any]]) -> None:
+    budgets = sorted({run["budget"] for run in runs})
+    first, *_, last = runs[0]["test"]
+    scores = [first, last]
+    columns = [f"{score}, {budget}" for score in scores for budget in budgets]
+    print_row("method", *columns)
+    print_row("---", *["---:"] * len(columns))
+    rows = []
+    for (method,), of_method in grouped(runs, "method").items():
+        at = grouped(of_method, "budget")
+        tests = {
+            score: [[run["test"][score] for run in at.get((budget,), [])] for budget in budgets] for score in scores
+        }
+        order = [fmean(losses) if losses else float("inf") for losses in reversed(tests["loss"])]
+        rows.append((order, method, [with_spread(values) if values else "" for of in tests.values() for values in of]))
+    for _, method, cells in sorted(rows):
+        print_row(method, *cells)
+
+
 def print_table(runs: list[dict[str, Any]]) -> None:
     scores = list(runs[0]["test"])
     columns = ["method", "lr", "runs", "steps", "FLOPs", "seconds", *scores, "file MB", "memory MB"]
-    print("|".join(["", *columns, ""]))
-    print("|".join(["", "---", *["---:"] * (len(columns) - 1), ""]))
+    print_row(*columns)
+    print_row("---", *["---:"] * (len(columns) - 1))
     rows = []
     for (method, lr), of_method in grouped(runs, "method", "lr").items():
         cells = [
@@ -61,20 +85,20 @@ def print_table(runs: list[dict[str, Any]]) -> None:
         ]
         rows.append((fmean(run["test"]["loss"] for run in of_method), cells))
     for _, cells in sorted(rows):
-        print("|".join(["", *cells, ""]))
+        print_row(*cells)
 
 
-def plot_losses(task: str, runs: list[dict[str, Any]], file: Path) -> None:
+def plot_losses(title: str, runs: list[dict[str, Any]], file: Path) -> None:
     pyplot.figure(figsize=(8, 6))
     for (method,), of_method in grouped(runs, "method").items():
         points = []
-        for of_point in grouped(of_method, "comparison", "budget").values():
+        for of_point in grouped(of_method, "budget").values():
             losses = [run["test"]["loss"] for run in of_point]
             spread = stdev(losses) if len(losses) > 1 else 0
             points.append((mean(of_point, "flops_over_full_step"), fmean(losses), spread))
         flops, losses, spreads = zip(*sorted(points))
         pyplot.errorbar(flops, losses, spreads, marker="o", capsize=3, label=method)
-    pyplot.title(task)
+    pyplot.title(title)
     pyplot.xlabel("total FLOPs, in steps of full fine-tuning")
     pyplot.ylabel("test loss")
     pyplot.legend()
@@ -86,12 +110,16 @@ def main() -> None:
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     lines = [json.loads(line) for line in results.open()]
     runs = [line for line in lines if "test" in line]
-    keys = ("task", "comparison", "budget", "precision", "device")
-    for (task, comparison, budget, precision, device), of_table in sorted(grouped(runs, *keys).items()):
-        print(f"\n{task}: equal {comparison}, those of {budget} full steps ({precision}, {device})\n")
-        print_table(of_table)
-    for (task,), of_task in grouped(runs, "task").items():
-        plot_losses(task, of_task, results.with_name(f"{results.stem}-{task}.png"))
+    for (task, comparison, precision, device), of_kind in sorted(
+        grouped(runs, "task", "comparison", "precision", "device").items()
+    ):
+        title = f"{task}: equal {comparison} ({precision}, {device})"
+        print(f"\n# {title}\n")
+        print_summary(of_kind)
+        for (budget,), of_table in sorted(grouped(of_kind, "budget").items()):
+            print(f"\n## {title}: those of {budget} full steps\n")
+            print_table(of_table)
+        plot_losses(title, of_kind, results.with_name(f"{results.stem}-{task}-{comparison}.png"))
 
 
 if __name__ == "__main__":
