@@ -5,7 +5,8 @@
     python examples/benchmark.py --task sentences --methods full lora greentrainer-0.5 --seeds 1
     python examples/benchmark_report.py
     python examples/benchmark.py --comparison steps --budgets 40 --lr 4e-4 --results examples/results/ablation.jsonl \\
-        --methods one-pass-0.5 two-pass-0.5 cross-batch-0.5 fisher-0.5 snip-0.5 magnitude-0.5 random-0.5
+        --methods one-pass-0.5 one-pass-4-batches-0.5 one-pass-16-batches-0.5 two-pass-0.5 cross-batch-0.5 \\
+        squared-0.5 fisher-0.5 snip-0.5 magnitude-0.5 random-0.5
 
 A budget is what so many steps of full fine-tuning cost, with everything that a method spends on probes and profiles. At
 every budget the learning rate of a method is the best on the validation split at equal FLOPs, with seeds that the
@@ -14,7 +15,6 @@ command goes on where it was stopped. The runs themselves, and what their lines 
 """
 
 import json
-import os
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_methods import learning_rates
+from summarize import CACHE
 
 
 RUN = Path(__file__).with_name("benchmark_run.py")
 RESULTS = Path(__file__).with_name("results") / "benchmark.jsonl"
 TUNING_SEEDS = [0, 4]
+# By how much the validation losses of two seeds differ, about.
+SEED_NOISE = 0.02
 RHOS = [0.5, 0.6, 0.7]
 # Two thirds of the blocks, half, and one third.
 BLOCKS = {"summaries": [20, 15, 10], "sentences": [4, 3, 2]}
@@ -39,7 +42,6 @@ def all_methods(task: str) -> list[str]:
 
 
 def parse_arguments() -> Namespace:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peft-greentrainer")
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", choices=BLOCKS, default="summaries", help="default: %(default)s")
@@ -49,7 +51,7 @@ def parse_arguments() -> Namespace:
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
     add("--lr", type=float, help="learning rate of all methods (default: the best of each)")
     add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of autocast; float32: without it")
-    add("--cache", type=Path, default=cache, help="folder for the wheels (default: %(default)s)")
+    add("--cache", type=Path, default=CACHE, help="folder for the wheels (default: %(default)s)")
     add("--results", type=Path, default=RESULTS, help="file of JSON lines (default: %(default)s)")
     args = parser.parse_args()
     args.methods = args.methods or all_methods(args.task)
@@ -84,8 +86,8 @@ def run(method: str, comparison: str, budget: int, lr: float, seed: int, args: N
 def best_learning_rate(method: str, budget: int, args: Namespace) -> float:
     """The best of the learning rates of a method, and of more of them if it is the first or the last.
 
-    One seed finds the two best, and more seeds decide between them: near the highest rate that works, seeds differ by more
-    than rates do.
+    One seed finds the two best, and what is as good but for noise; more seeds decide between them: near the highest rate that
+    works, seeds differ by more than rates do.
     """
 
     def loss(lr: float, seed: int) -> float:
@@ -96,7 +98,8 @@ def best_learning_rate(method: str, budget: int, args: Namespace) -> float:
     while (best := min(losses, key=losses.get)) in (min(losses), max(losses)):
         lr = best / 2 if best == min(losses) else best * 2
         losses[lr] = loss(lr, first)
-    finalists = sorted(losses, key=losses.get)[:2]
+    second = sorted(losses.values())[1]
+    finalists = [lr for lr, of_lr in losses.items() if of_lr <= max(second, losses[best] + SEED_NOISE)]
     return min(finalists, key=lambda lr: losses[lr] + sum(loss(lr, seed) for seed in others))
 
 

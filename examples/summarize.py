@@ -57,6 +57,7 @@ SUMMARY_TOKENS = 48  # The longest summary of aclsum, with its end token.
 LOSS_PAIRS, ROUGE_PAIRS = 60, 24
 EVALUATION_BATCH_SIZE = 8
 TIMED_STEPS = 5
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peft-greentrainer")
 
 
 class Pair(NamedTuple):
@@ -66,7 +67,6 @@ class Pair(NamedTuple):
 
 
 def parse_arguments() -> Namespace:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peft-greentrainer")
     parser = ArgumentParser(description="Fine-tune a causal language model to write summaries.")
     add = parser.add_argument
     add("--model", help="Hub id or local folder (default: SmolLM2-135M-Instruct, from a wheel)")
@@ -91,7 +91,7 @@ def parse_arguments() -> Namespace:
     add("--max-length", type=int, default=160, help=tokens)
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--out", type=Path, help="folder for what was trained (default: summarize-METHOD)")
-    add("--cache", type=Path, default=cache, help="folder for the two wheels (default: %(default)s)")
+    add("--cache", type=Path, default=CACHE, help="folder for the two wheels (default: %(default)s)")
     args = parser.parse_args()
     if args.max_length < 2 * SUMMARY_TOKENS:
         parser.error(f"--max-length must leave room for a document: give at least {2 * SUMMARY_TOKENS}")
