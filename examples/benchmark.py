@@ -86,8 +86,8 @@ def run(method: str, comparison: str, budget: int, lr: float, seed: int, args: N
 def best_learning_rate(method: str, budget: int, args: Namespace) -> float:
     """The best of the learning rates of a method, and of more of them if it is the first or the last.
 
-    One seed finds the two best, and what is as good but for noise; more seeds decide between them: near the highest rate that
-    works, seeds differ by more than rates do.
+    One seed finds the two best, and what is as good but for noise; more seeds decide between them: near the highest rate
+    that works, seeds differ by more than rates do.
     """
 
     def loss(lr: float, seed: int) -> float:

@@ -12,6 +12,7 @@ deviation. Saves, next to the JSON lines, a plot of the loss over FLOPs for ever
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -42,17 +43,16 @@ def with_spread(values: list[float]) -> str:
     return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
-def print_row(*cells: str) -> None:
-    print("|".join(["", *cells, ""]))
+def print_markdown(columns: list[str], rows: Iterable[list[str]]) -> None:
+    for row in [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]:
+        print("|".join(["", *row, ""]))
 
 
 def print_summary(runs: list[dict[str, Any]]) -> None:
     budgets = sorted({run["budget"] for run in runs})
     first, *_, last = runs[0]["test"]
     scores = [first, last]
-    columns = [f"{score}, {budget}" for score in scores for budget in budgets]
-    print_row("method", *columns)
-    print_row("---", *["---:"] * len(columns))
+    columns = ["method", *(f"{score}, {budget}" for score in scores for budget in budgets)]
     rows = []
     for (method,), of_method in grouped(runs, "method").items():
         at = grouped(of_method, "budget")
@@ -60,16 +60,14 @@ def print_summary(runs: list[dict[str, Any]]) -> None:
             score: [[run["test"][score] for run in at.get((budget,), [])] for budget in budgets] for score in scores
         }
         order = [fmean(losses) if losses else float("inf") for losses in reversed(tests["loss"])]
-        rows.append((order, method, [with_spread(values) if values else "" for of in tests.values() for values in of]))
-    for _, method, cells in sorted(rows):
-        print_row(method, *cells)
+        cells = [with_spread(values) if values else "" for of_score in tests.values() for values in of_score]
+        rows.append((order, [method, *cells]))
+    print_markdown(columns, [cells for _, cells in sorted(rows)])
 
 
 def print_table(runs: list[dict[str, Any]]) -> None:
     scores = list(runs[0]["test"])
     columns = ["method", "lr", "runs", "steps", "FLOPs", "seconds", *scores, "file MB", "memory MB"]
-    print_row(*columns)
-    print_row("---", *["---:"] * (len(columns) - 1))
     rows = []
     for (method, lr), of_method in grouped(runs, "method", "lr").items():
         cells = [
@@ -84,8 +82,7 @@ def print_table(runs: list[dict[str, Any]]) -> None:
             f"{mean(of_method, 'peak_memory') / 1e6:,.0f}",
         ]
         rows.append((fmean(run["test"]["loss"] for run in of_method), cells))
-    for _, cells in sorted(rows):
-        print_row(*cells)
+    print_markdown(columns, [cells for _, cells in sorted(rows)])
 
 
 def plot_losses(title: str, runs: list[dict[str, Any]], file: Path) -> None:
@@ -110,16 +107,16 @@ def main() -> None:
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     lines = [json.loads(line) for line in results.open()]
     runs = [line for line in lines if "test" in line]
-    for (task, comparison, precision, device), of_kind in sorted(
-        grouped(runs, "task", "comparison", "precision", "device").items()
-    ):
+    keys = ("task", "comparison", "precision", "device")
+    for (task, comparison, precision, device), of_kind in sorted(grouped(runs, *keys).items()):
         title = f"{task}: equal {comparison} ({precision}, {device})"
         print(f"\n# {title}\n")
         print_summary(of_kind)
         for (budget,), of_table in sorted(grouped(of_kind, "budget").items()):
             print(f"\n## {title}: those of {budget} full steps\n")
             print_table(of_table)
-        plot_losses(title, of_kind, results.with_name(f"{results.stem}-{task}-{comparison}.png"))
+        name = f"{results.stem}-{task}-{comparison}-{precision}-{device}.png".replace(" ", "-")
+        plot_losses(title, of_kind, results.with_name(name))
 
 
 if __name__ == "__main__":

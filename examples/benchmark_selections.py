@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from benchmark_importance import METRICS
 from benchmark_methods import build
+from benchmark_report import print_markdown
 from benchmark_run import batches_of
 from benchmark_tasks import Summaries
 from summarize import CACHE, DEVICE
@@ -23,24 +24,28 @@ from summarize import CACHE, DEVICE
 SEED = 1
 
 
+def selected_sizes(metric: str, rho: float, task: Summaries) -> dict[str, int]:
+    """Numbers in each tensor that the importance selects."""
+    torch.manual_seed(SEED)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        model = build(f"{metric}-{rho}", task.load_model(), task, batches_of(task, SEED), lr=4e-4)
+    return {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--rho", type=float, default=0.5, help="default: %(default)s")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for the wheels (default: %(default)s)")
     args = parser.parse_args()
     task = Summaries(args.cache)
-    print("|importance|tensors|weights, millions|lowest block|share of the paper's|")
-    print("|---|---:|---:|---:|---:|")
-    for metric in METRICS:
-        torch.manual_seed(SEED)
-        with torch.autocast(DEVICE, torch.bfloat16):
-            model = build(f"{metric}-{args.rho}", task.load_model(), task, batches_of(task, SEED), lr=4e-4)
-        sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-        if metric == "one-pass":
-            of_paper = sizes
-        shared = sum(size for name, size in sizes.items() if name in of_paper) / sum(of_paper.values())
+    selections = {metric: selected_sizes(metric, args.rho, task) for metric in METRICS}
+    of_paper = selections["one-pass"]
+    rows = []
+    for metric, sizes in selections.items():
         lowest = min(int(block) for name in sizes for block in re.findall(r"layers\.(\d+)\.", name))
-        print(f"|{metric}|{len(sizes)}|{sum(sizes.values()) / 1e6:.2f}|{lowest}|{shared:.2f}|", flush=True)
+        shared = sum(size for name, size in of_paper.items() if name in sizes) / sum(of_paper.values())
+        rows.append([metric, str(len(sizes)), f"{sum(sizes.values()) / 1e6:.2f}", str(lowest), f"{shared:.2f}"])
+    print_markdown(["importance", "tensors", "weights, millions", "lowest block", "share of the paper's"], rows)
 
 
 if __name__ == "__main__":
