@@ -26,10 +26,11 @@ from .delta import (
     without_wrappers,
 )
 from .embeddings import EmbeddingView
-from .forms import is_low_rank, low_rank_form, tensor_of
+from .forms import is_low_rank, low_rank_form
 from .layer import GreenTrainerLayer
 from .linear import GreenTrainerLinear, wrap
 from .low_rank_update import LowRankForm
+from .provisional import provisional_selection
 from .targets import TASK_HEADS, matches, plan_wrappers
 from .values import (
     add_value,
@@ -145,8 +146,7 @@ class GreenTrainerModel(BaseTuner):
         refuse_wrapped_heads(model, peft_config)
         tell_of_quantized(model, found)
         if peft_config.tensors is None:
-            sizes = {name: tensor.numel() for name, (tensor, _) in found.items()}
-            peft_config.selected = _provisional_selection(sizes, peft_config.rho)
+            peft_config.selected = provisional_selection(model, peft_config, found)
             peft_config.tensors = dict.fromkeys(peft_config.selected)
             peft_config.loaded_again()  # whatever is loaded now is loaded over values
             peft_config.provisional = True
@@ -280,23 +280,3 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
         for name, child in parent.named_children():
             holders[id(child)].append((parent, name))
     return holders
-
-
-def _provisional_selection(sizes: dict[str, int], rho: float) -> list[str]:
-    """The last tensors that may cost about `rho`, if forward, activation gradients and weight gradients are a third each.
-
-    >>> _provisional_selection({"a": 10, "b": 10, "c": 10, "d": 10}, rho=0.67)
-    ['c', 'd']
-
-    Where low-rank forms are offered they are taken, and have next to no weight gradients.
-    """
-    low_rank = {tensor_of(name) for name in sizes if is_low_rank(name)}
-    offered = {name: size for name, size in sizes.items() if name not in low_rank}
-    room = (3 * rho - 1) * sum(offered.values())
-    selected = []
-    for name, size in reversed(offered.items()):
-        room -= size if is_low_rank(name) else 2 * size
-        if room < 0 and selected:
-            break
-        selected.insert(0, name)
-    return selected

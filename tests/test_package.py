@@ -36,6 +36,7 @@ ADAPTER = [
     "config",
     "layer",
     "targets",
+    "provisional",
     "model",
     "values",
     "checks",

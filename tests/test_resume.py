@@ -51,7 +51,7 @@ def losses(trainer):
         ("llama", {"probe_batch_size": 2}, {"max_grad_norm": 0.1}),
         ("t5", {"reselect": 2}, {"lr_scheduler_type": "cosine"}),
         ("llama", {"low_rank": 2}, {}),
-        ("gpt2", {"low_rank": "only", "r": 2, "importance_batches": 2, "reselect": 4}, {"optim": "sgd"}),
+        ("gpt2", {"rho": 0.5, "low_rank": "only", "r": 2, "importance_batches": 2, "reselect": 4}, {"optim": "sgd"}),
     ],
 )
 def test_resumed_at_any_step_it_is_the_same_run(kind, config, options, tmp_path):

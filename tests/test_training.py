@@ -196,6 +196,19 @@ def test_reselection_keeps_what_was_learned_and_drops_the_state():
     assert learned.keys() <= after.keys()
 
 
+@pytest.mark.parametrize("low_rank", [0, 8, "only"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rho", [0.5, 0.6, 0.7])
+def test_the_provisional_selection_costs_about_rho(rho, tied, low_rank):
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16, "vocab_size": 4096}
+    with torch.device("meta"):
+        model = llama(**sizes, tie_word_embeddings=tied)
+        tokens = torch.zeros(1, 64, dtype=torch.long)
+        graph = profile(model, {"input_ids": tokens, "labels": tokens}, low_rank=8 if low_rank else 0)
+        model = get_peft_model(model, GreenTrainerConfig(rho=rho, low_rank=low_rank))
+    assert graph.ratio(model.peft_config["default"].selected) == pytest.approx(rho, abs=0.015)
+
+
 def test_the_provisional_selection_leaves_nothing_behind():
     model = make_peft_model(rho=0.9)
     loop = Loop(model, make_optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1))
