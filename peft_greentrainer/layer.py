@@ -341,6 +341,11 @@ class GreenTrainerLayerNorm(GreenTrainerLayer, nn.LayerNorm):
     """The wrapper of an `nn.LayerNorm` is one too: transformers takes norms out of weight decay by their class."""
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The module itself, without a wrapper."""
+    return module.base_layer if isinstance(module, GreenTrainerLayer) else module
+
+
 def _combine(base: Tensor, values: list[Tensor]) -> Tensor:
     """The one value, in the type of the base tensor; or base plus the sum of what several values change."""
     if not values:

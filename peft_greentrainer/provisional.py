@@ -17,7 +17,7 @@ from torch import nn
 from .config import GreenTrainerConfig
 from .delta import base_name
 from .forms import is_low_rank, tensor_of
-from .layer import GreenTrainerLayer
+from .layer import bare
 from .low_rank_update import LowRankForm
 from .targets import plan_wrappers, uses
 
@@ -33,8 +33,7 @@ def provisional_selection(model: nn.Module, config: GreenTrainerConfig, offered:
     all_uses = sorted(uses(plan_wrappers(GreenTrainerConfig(), model)), key=lambda use: order[use[0]])
     passed, own_cost = [], defaultdict(int)
     for key, name, tensor in all_uses:
-        module = model.get_submodule(key)
-        module = module.base_layer if isinstance(module, GreenTrainerLayer) else module
+        module = bare(model.get_submodule(key))
         shape = getattr(module, name).shape
         size = 0 if isinstance(module, nn.Embedding) else shape.numel()
         low_rank = is_low_rank(form_of.get(tensor, tensor))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .config import GreenTrainerConfig
 from .delta import base_name
-from .layer import GreenTrainerLayer
+from .layer import GreenTrainerLayer, bare
 from .trainable import can_be_trained
 
 
@@ -87,7 +87,7 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, (GreenTrainerLayer, AuxiliaryTrainingWrapper)):
             inside.append(f"{key}.")
-        module = module.base_layer if isinstance(module, GreenTrainerLayer) else module
+        module = bare(module)
         nested = any(True for child in module.children() for _ in child.parameters())
         # Never called: whoever holds it is. Or its own code asks for items, which a wrapper does not have.
         container = isinstance(module, (nn.ParameterList, nn.ParameterDict)) or hasattr(type(module), "__getitem__")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .config import GreenTrainerConfig
 from .delta import base_name, fingerprint
 from .forms import is_low_rank, low_rank_form
-from .layer import GreenTrainerLayer
+from .layer import GreenTrainerLayer, bare
 from .linear import can_be_low_rank
 from .low_rank_update import seed_of
 from .targets import WrapperPlan, plan_wrappers, uses
@@ -36,7 +36,7 @@ def candidate_tensors(
     for key, name, tensor in uses(plan):
         if (here := base_name(f"{key}.{name}")) != tensor:
             tied[tensor].append(here)
-        if name == "weight" and can_be_low_rank(_bare(model.get_submodule(key))):
+        if name == "weight" and can_be_low_rank(bare(model.get_submodule(key))):
             of_linear.add(tensor)
     found = {}
     for key, (own, _) in plan.items():
@@ -49,10 +49,6 @@ def candidate_tensors(
             if config.low_rank and full_name in of_linear and not tied[full_name]:
                 found[low_rank_form(full_name)] = data, []
     return found
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, GreenTrainerLayer) else module
 
 
 def candidates(model: nn.Module, config: GreenTrainerConfig) -> list[str]:
