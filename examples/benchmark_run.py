@@ -37,7 +37,7 @@ from peft_greentrainer.formulas import flop_counter
 
 # The first steps are for what a method spends once: a profile, or a provisional selection and a probe.
 STEPS_BEFORE = 3
-TIMED_STEPS = 7
+TIMED_STEPS = 21
 
 
 class Training:
@@ -104,6 +104,8 @@ def now() -> float:
 
 def calibrate(job: dict[str, Any], task: Any) -> dict[str, float]:
     """What a step of a method costs and what it spends once, both in steps of full fine-tuning, taken in turn with it."""
+    # The first step of a process is slow, whichever method takes it.
+    Training(task, "full", 1e-5, 0, 10**6, job["precision"]).step()
     methods = {"full": "full", "method": job["method"]}
     trainings = {kind: Training(task, name, 1e-5, 0, 10**6, job["precision"]) for kind, name in methods.items()}
     once = getattr(trainings["method"], job["unit"])
@@ -114,7 +116,6 @@ def calibrate(job: dict[str, Any], task: Any) -> dict[str, float]:
             training.step() if job["unit"] == "seconds" else training.counted_step()
             costs[kind].append(getattr(training, job["unit"]) - before)
     step = median(m / f for m, f in zip(costs["method"][STEPS_BEFORE:], costs["full"][STEPS_BEFORE:]))
-    # The first step of a process is slow for both, so a ratio of first steps is an overhead and their seconds are not.
     first = sum(m / f - step for m, f in zip(costs["method"], costs["full"][:STEPS_BEFORE]))
     return {"step": step, "overhead": once / costs["full"][0] + first, "costs": costs}
 
