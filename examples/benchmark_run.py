@@ -104,7 +104,7 @@ def now() -> float:
 
 def calibrate(job: dict[str, Any], task: Any) -> dict[str, float]:
     """What a step of a method costs and what it spends once, both in steps of full fine-tuning, taken in turn with it."""
-    # The first step of a process is slow, whichever method takes it.
+    # The first step of a process is slow, whichever method takes it, so one is taken before.
     Training(task, "full", 1e-5, 0, 10**6, job["precision"]).step()
     methods = {"full": "full", "method": job["method"]}
     trainings = {kind: Training(task, name, 1e-5, 0, 10**6, job["precision"]) for kind, name in methods.items()}
@@ -116,6 +116,7 @@ def calibrate(job: dict[str, Any], task: Any) -> dict[str, float]:
             training.step() if job["unit"] == "seconds" else training.counted_step()
             costs[kind].append(getattr(training, job["unit"]) - before)
     step = median(m / f for m, f in zip(costs["method"][STEPS_BEFORE:], costs["full"][STEPS_BEFORE:]))
+    # The first step of a training is slow for both, so a ratio of first steps is an overhead and their seconds are not.
     first = sum(m / f - step for m, f in zip(costs["method"], costs["full"][:STEPS_BEFORE]))
     return {"step": step, "overhead": once / costs["full"][0] + first, "costs": costs}
 
