@@ -22,7 +22,6 @@ from torch import nn
 from .checkpointing import REENTRANT, can_save
 from .config import GreenTrainerConfig
 from .cost import CostGraph
-from .delta import VALUES, base_name
 from .distributed import (
     from_first_rank,
     mean_over_ranks,
@@ -38,8 +37,7 @@ from .measure import CrossBatch, SameBatch
 from .param_groups import group_of, keep_in_step
 from .probe import Probe
 from .selection import Selection, everything_fits, select
-from .trainable import can_be_trained
-from .values import candidates, layers, set_selection, set_trainable, set_values
+from .values import candidates, layers, parameters_in_use, set_selection, set_trainable, set_values
 
 
 def allocator_of(model: nn.Module) -> Allocator:
@@ -271,17 +269,7 @@ class Allocator:
 def measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     """Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors; and the
     factors of low-rank updates."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        module, values, adapter_and_tensor = base_name(name).partition(VALUES)
-        if values:
-            adapter, _, tensor = adapter_and_tensor.rpartition(".")
-            if adapter == adapter_name:
-                found[f"{module}.{tensor}"] = parameter
-        elif can_be_trained(parameter):
-            name = base_name(name).replace(".base_layer.", ".").replace(f".modules_to_save.{adapter_name}.", ".")
-            found.setdefault(name, parameter)
-    return found
+    return parameters_in_use(model, adapter_name)
 
 
 def _apply(model: nn.Module, adapter_name: str, selected: frozenset[str], optimizer: torch.optim.Optimizer) -> None:

@@ -31,6 +31,15 @@ def refuse_wrapped_heads(model: nn.Module, config: GreenTrainerConfig) -> None:
             )
 
 
+def tell_of_left_out(reasons: Iterable[str]) -> None:
+    if reasons := list(reasons):
+        warnings.warn(
+            f"{len(reasons)} tensors are no candidates for what they are called, the first of them {reasons[0]}. Rename it to "
+            "train it.",
+            stacklevel=2,
+        )
+
+
 def tell_of_quantized(model: nn.Module, candidates: Iterable[str]) -> None:
     parameters = dict(model.named_parameters())
     quantized = [name for name, parameter in parameters.items() if parameter.numel() and not can_be_trained(parameter)]

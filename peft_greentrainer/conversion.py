@@ -14,7 +14,7 @@ import os
 from typing import NamedTuple, Union
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -116,4 +116,5 @@ def export_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str,
 
 def _modules_to_save(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in saved.items() if VALUES not in key}
+    prefix = "" if isinstance(model, PeftModel) else PREFIX  # peft has given it already
+    return {prefix + key: tensor for key, tensor in saved.items() if VALUES not in key}

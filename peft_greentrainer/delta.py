@@ -1,6 +1,6 @@
 """The delta file: which entry belongs to which tensor, and whether it was made from this base.
 
-    >>> candidate_of_key("base_model.model.model.norm.greentrainer_values.weight")
+    >>> candidate_of_key("base_model.model.model.norm.greentrainer_values.weight", modules={"model.norm"})
     'model.norm.weight'
     >>> fingerprint(torch.ones(4, 2))
     {'shape': [4, 2], 'dtype': 'float32', 'samples': [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 'tied': []}
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,8 @@ def without_wrappers(name: str) -> str:
 
 
 def base_name(name: str) -> str:
-    """The name in the base model of a module or a tensor of it, by its name in a model that is wrapped or compiled."""
-    return without_wrappers(name).removeprefix(PREFIX)
+    """The name of a module or a tensor of it, by its name in a base model that is compiled, whole or in part."""
+    return without_wrappers(name)
 
 
 def kind_of(name: str) -> str:
@@ -46,10 +46,13 @@ def kind_of(name: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
-def candidate_of_key(key: str) -> str:
-    """The candidate that an entry of the file belongs to, by its name in the base model."""
-    module, _, value = base_name(key).partition(VALUES)
-    return candidate_of(f"{module}.{value}")
+def candidate_of_key(key: str, modules: Collection[str]) -> str:
+    """The candidate that an entry of the file belongs to, by its name in a base model that has these modules.
+
+    A state that was taken from a `PeftModel` has its prefix; but a base may have a `base_model.model` of its own.
+    """
+    module, _, value = without_wrappers(key).rpartition(VALUES)
+    return candidate_of(f"{module if module in modules else module.removeprefix(PREFIX)}.{value}")
 
 
 def fingerprint(tensor: Tensor, tied: Sequence[str] = ()) -> dict[str, Any]:

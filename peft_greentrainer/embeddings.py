@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .layer import GreenTrainerLayer
+from .same_class import new_with_class_of
 
 
 class EmbeddingView(nn.Module):
@@ -19,8 +20,11 @@ class EmbeddingView(nn.Module):
     a tuner layer, here only where no value takes their place.
     """
 
+    def __new__(cls, layer: GreenTrainerLayer) -> EmbeddingView:
+        return new_with_class_of(cls, type(layer.base_layer))
+
     def __init__(self, layer: GreenTrainerLayer) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         hooks = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
         self.__dict__ |= {f"register_{kind}": getattr(layer, f"register_{kind}") for kind in hooks}
         self.__dict__["layer"] = layer  # a part of the model, not of this
@@ -28,7 +32,16 @@ class EmbeddingView(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer(*args, **kwargs)
 
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return new_with_class_of, type(self)._stands_for, self.__dict__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value) if "layer" not in self.__dict__ else setattr(self.layer, name, value)
+
     def __getattr__(self, name: str) -> Any:
+        return self._attribute(name)
+
+    def _attribute(self, name: str) -> Any:
         layer = self.__dict__["layer"]
         if name == "base_layer" and any(
             "weight" in layer.changed_tensors(adapter) for adapter in layer.active_adapters

@@ -24,7 +24,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .forms import candidate_of, tensor_of
 from .lock import Lock
+from .same_class import new_with_class_of, read_through
 from .trainable import can_be_trained
+
+
+# Attributes of the wrapper that are those of the module.
+OF_MODULE = ("weight", "bias", "in_features", "out_features")
+# accelerate puts these on a module for which it replaces `forward`: each module has its own, or none.
+OF_ACCELERATE = ("_hf_hook", "_old_forward")
 
 
 class GreenTrainerLayer(nn.Module, BaseTunerLayer):
@@ -45,7 +52,6 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         nn.Module.__init__(self)
-        self.base_layer = base_layer
         self.greentrainer_values = nn.ModuleDict()
         self.merged_adapters = []
         self._lock = Lock()
@@ -55,16 +61,27 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         self._unmerged: dict[str, Tensor] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        # Conv1D of transformers has nx and nf; None where features mean nothing.
-        self.in_features = getattr(base_layer, "in_features", getattr(base_layer, "nx", None))
-        self.out_features = getattr(base_layer, "out_features", getattr(base_layer, "nf", None))
+        self._read_by_others: set[str] = set()
         self.add_adapter(adapter_name)
+        # From here on what is set on the wrapper is set on the module, but for what the wrapper has.
+        self.base_layer = base_layer
+        self._modules["greentrainer_values"] = self._modules.pop("greentrainer_values")  # after the module
+
+    def __new__(cls, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> GreenTrainerLayer:
+        return new_with_class_of(cls, type(base_layer))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Do not run that of the module's class, which may keep a register of its subclasses."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # The class is made while the program runs, so it cannot be found by its name.
+        return new_with_class_of, type(self)._stands_for, self.__dict__
 
     # Values
 
     def add_adapter(self, adapter_name: str) -> None:
         """Make room for the values of an adapter."""
-        self.greentrainer_values[adapter_name] = nn.ParameterDict()
+        self.greentrainer_values[adapter_name] = Values()
         self._selected[adapter_name] = frozenset()
         self._float32_values[adapter_name] = True
 
@@ -101,6 +118,11 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
     def read_from(self, tensor: str, owner: GreenTrainerLayer, owned: str) -> None:
         """Take the value of a tensor from the wrapper that owns it: the two are tied, and so one tensor."""
         self._tied[tensor] = (owner, owned)
+
+    def let_read(self, tensor: str, holder: nn.Module, name: str) -> None:
+        """Give the tensor to a module that is not wrapped and holds it under this name: the two are tied."""
+        self._read_by_others.add(tensor)
+        read_through(holder, name, self, tensor)
 
     def set_selected(self, adapter_name: str, candidates: Set[str], trainable: bool = True) -> None:
         """Train the values of these candidates and freeze the adapter's others."""
@@ -292,6 +314,8 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         self._float32_values.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
+    # A wrapper is its module to whoever asks or changes it
+
     @property
     def weight(self) -> Tensor:
         return self._attribute("weight")
@@ -300,14 +324,60 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
     def bias(self) -> Tensor:
         return self._attribute("bias")
 
+    @property
+    def in_features(self) -> Optional[int]:
+        return self._attribute("in_features") if hasattr(self.base_layer, "in_features") else self._features("nx")
+
+    @property
+    def out_features(self) -> Optional[int]:
+        return self._attribute("out_features") if hasattr(self.base_layer, "out_features") else self._features("nf")
+
+    def _features(self, name_in_conv1d: str) -> Optional[int]:
+        """None where features mean nothing: peft asks every tuner layer for them."""
+        return getattr(self.base_layer, name_in_conv1d, None)
+
+    @property
+    def training(self) -> bool:
+        return self.base_layer.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "base_layer" in self.__dict__.get("_modules", ()):  # not yet, in `nn.Module.__init__`
+            self.base_layer.training = mode
+
     def __getattr__(self, name: str) -> Any:
         """Forward missing attributes to the wrapped module: tensors as effective tensors, methods that use them."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":  # not yet set, while copying or unpickling
+            if name == "base_layer" or name in OF_ACCELERATE:  # not yet set, while copying or unpickling
                 raise
             return self._attribute(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_own(name):
+            super().__setattr__(name, value)
+        elif name not in self._tied and name not in self._read_by_others:
+            # transformers ties tensors again and again; here they stay tied.
+            setattr(self.base_layer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name) if self._is_own(name) else delattr(self.base_layer, name)
+
+    def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
+        self.base_layer.register_buffer(name, *args, **kwargs)
+
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        self.base_layer.register_parameter(name, param)
+
+    def add_module(self, name: str, module: Optional[nn.Module]) -> None:
+        self.base_layer.add_module(name, module)
+
+    def _is_own(self, name: str) -> bool:
+        state = self.__dict__
+        if "base_layer" not in state.get("_modules", ()) or name in state or name in state["_modules"]:
+            return True
+        return name in OF_ACCELERATE or (name not in OF_MODULE and hasattr(type(self)._stands_for[0], name))
 
     def _attribute(self, name: str) -> Any:
         if isinstance(getattr(type(self.base_layer), name, None), property):  # which may well be made of tensors
@@ -319,11 +389,6 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         if isinstance(value, MethodType) and value.__self__ is self.base_layer:
             return partial(self._run, value)
         return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # transformers ties tensors again and again; here they stay tied.
-        if name not in self.__dict__.get("_tied", ()):
-            super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GreenTrainerLayer:
         super()._apply(fn, recurse)
@@ -337,8 +402,16 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         return "greentrainer." + super().__repr__()
 
 
-class GreenTrainerLayerNorm(GreenTrainerLayer, nn.LayerNorm):
-    """The wrapper of an `nn.LayerNorm` is one too: transformers takes norms out of weight decay by their class."""
+class Values(nn.ParameterDict):
+    """The values of an adapter in one module, by tensor, whatever the tensors are called: `keys` and `values` too."""
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self._parameters[name]
+
+    def __setitem__(self, name: str, value: nn.Parameter) -> None:
+        self._keys[name] = None
+        self._parameters.setdefault(name, None)
+        self.register_parameter(name, value)
 
 
 def bare(module: nn.Module) -> nn.Module:

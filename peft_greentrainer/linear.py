@@ -9,6 +9,7 @@ What is learned in either form stays: an update is added to the whole value, or 
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Iterator
 from typing import Any, Optional
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .forms import candidate_of, factors, low_rank_form
-from .layer import GreenTrainerLayer, GreenTrainerLayerNorm
+from .layer import OF_MODULE, GreenTrainerLayer
 from .low_rank_update import LowRankForm, LowRankUpdate
 
 
@@ -49,7 +50,7 @@ class GreenTrainerLinear(GreenTrainerLayer):
     def add_factors(self, adapter_name: str, candidate: str, init_weights: bool = True, seed: int = 0) -> None:
         """Create the factors of a low-rank update, frozen: as yet without effect."""
         if not hasattr(self, "greentrainer_update"):
-            self.greentrainer_update = LowRankUpdate()
+            self._modules["greentrainer_update"] = LowRankUpdate()  # of the wrapper, not of the module
         form = self._forms[adapter_name]
         first = form.first_factor(self.in_features, seed)
         second = torch.zeros(self.out_features, form.rank, device="cpu")
@@ -121,9 +122,23 @@ def wrap(module: nn.Module, adapter_name: str, form: Optional[LowRankForm] = Non
     """The wrapper for this module."""
     if isinstance(module, (nn.Linear, Conv1D)):
         return GreenTrainerLinear(module, adapter_name, form)
-    if isinstance(module, nn.LayerNorm):
-        return GreenTrainerLayerNorm(module, adapter_name)
     return GreenTrainerLayer(module, adapter_name)
+
+
+def names_of_both(module: nn.Module) -> list[str]:
+    """What a wrapper and this module would both be asked for, by one name: such a module cannot be wrapped."""
+    names = {*dir(type(module)), *vars(module), *module._parameters, *module._buffers, *module._modules}
+    return sorted(names & NAMES_OF_WRAPPERS)
+
+
+def _names_of_wrappers() -> set[str]:
+    wrapper = GreenTrainerLinear(nn.Linear(1, 1), "default")
+    names = {*dir(GreenTrainerLinear), *vars(wrapper), *wrapper._modules, "greentrainer_update"}
+    of_all = {*dir(nn.Module()), *OF_MODULE, *vars(ABC), "_abc_impl", "__abstractmethods__"}
+    return names - of_all
+
+
+NAMES_OF_WRAPPERS = _names_of_wrappers()
 
 
 def can_be_low_rank(module: nn.Module) -> bool:

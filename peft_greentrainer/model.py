@@ -10,14 +10,16 @@ from functools import partial
 from typing import Any, Optional
 
 import torch
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from .checks import refuse_offloaded, refuse_wrapped_heads, tell_of_quantized
+from .checks import refuse_offloaded, refuse_wrapped_heads, tell_of_left_out, tell_of_quantized
 from .config import GreenTrainerConfig
 from .delta import (
     ELSEWHERE,
+    PREFIX,
     VALUES,
     base_name,
     candidate_of_key,
@@ -31,7 +33,8 @@ from .layer import GreenTrainerLayer
 from .linear import GreenTrainerLinear, wrap
 from .low_rank_update import LowRankForm
 from .provisional import provisional_selection
-from .targets import TASK_HEADS, matches, plan_wrappers
+from .same_class import stop_reading
+from .targets import TASK_HEADS, left_out, matches, plan_wrappers, readers
 from .values import (
     add_value,
     candidate_tensors,
@@ -124,12 +127,15 @@ class GreenTrainerModel(BaseTuner):
             self.peft_config[adapter_name] = config = dataclasses.replace(config, spent=None)
         config.take_for_a_model()
         if state_dict is not None:
-            names = [candidate_of_key(key) for key in state_dict if VALUES in key]
+            modules = {base_name(key) for key, _ in model.named_modules()}
+            names = [candidate_of_key(key, modules) for key in state_dict if VALUES in key]
             config.tensors = {name: (config.tensors or {}).get(name) for name in names}
             config.provisional = False
         # Which modules to wrap follows from the config also where the file is at hand: tied tensors are read by
         # modules that the file does not name.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        for holder, name, owner, owned in self._readers:
+            model.get_submodule(owner).let_read(owned, holder, name)
 
     def _prepare_adapter_config(self, peft_config: GreenTrainerConfig, model_config: dict) -> GreenTrainerConfig:
         heads = TASK_HEADS.get(peft_config.task_type, ())
@@ -140,11 +146,13 @@ class GreenTrainerModel(BaseTuner):
 
     def _prepare_model(self, peft_config: GreenTrainerConfig, model: nn.Module) -> None:
         self._plan = plan_wrappers(peft_config, model)
+        self._readers = list(readers(model, self._plan))
         self._holders = _holders(model)
         found = candidate_tensors(self._plan, model, peft_config)
         refuse_offloaded(model, self._plan)
         refuse_wrapped_heads(model, peft_config)
         tell_of_quantized(model, found)
+        tell_of_left_out(left_out(model))
         if peft_config.tensors is None:
             peft_config.selected = provisional_selection(model, peft_config, found)
             peft_config.tensors = dict.fromkeys(peft_config.selected)
@@ -233,7 +241,10 @@ class GreenTrainerModel(BaseTuner):
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
             warn_if_never_selected(self.model, adapter_name)
-        return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        unloaded = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        for module in unloaded.modules():
+            stop_reading(module)
+        return unloaded
 
     def _refuse_broken(self, adapter_names: Optional[list[str]]) -> None:
         for layer in layers(self.model).values():
@@ -257,8 +268,9 @@ class GreenTrainerModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        in_file = {candidate_of_key(key) for key in state_dict if VALUES in key}
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base, prefix = (model.get_base_model(), PREFIX) if isinstance(model, PeftModel) else (model, "")
+        modules = layers(base).keys()
+        in_file = {candidate_of_key(key.removeprefix(prefix), modules) for key in state_dict if VALUES in key}
         if in_file != set(config.tensors):  # a checkpoint of a run whose selection has changed since
             set_values(base, adapter_name, in_file)
             set_selection(base, adapter_name, in_file)

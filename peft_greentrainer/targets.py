@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from .config import GreenTrainerConfig
 from .delta import base_name
+from .forms import tensor_of
 from .layer import GreenTrainerLayer, bare
+from .linear import names_of_both
 from .trainable import can_be_trained
 
 
@@ -56,8 +58,7 @@ def plan_wrappers(config: GreenTrainerConfig, model: nn.Module) -> WrapperPlan:
     uses = defaultdict(list)
     for key, module in owners.items():
         for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
-            # A value is kept in a ParameterDict under this name.
-            if can_be_trained(tensor) and id(tensor) not in saved and not hasattr(nn.ParameterDict, name):
+            if can_be_trained(tensor) and id(tensor) not in saved and tensor_of(name) == name:
                 uses[id(tensor)].append((key, name, tensor))
     plan: WrapperPlan = defaultdict(lambda: ({}, {}))
     for shared in uses.values():
@@ -92,8 +93,33 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
         # Never called: whoever holds it is. Or its own code asks for items, which a wrapper does not have.
         container = isinstance(module, (nn.ParameterList, nn.ParameterDict)) or hasattr(type(module), "__getitem__")
         if key and not nested and not container and any(map(can_be_trained, module.parameters(recurse=False))):
-            owners[key] = module
+            if not names_of_both(module):
+                owners[key] = module
     return owners
+
+
+def readers(model: nn.Module, plan: WrapperPlan) -> Iterator[tuple[nn.Module, str, str, str]]:
+    """The modules that are not wrapped and hold a candidate tensor of one that is: each, its name there, and the owner's."""
+    owned = {id(tensor): (key, name) for key, (own, _) in plan.items() for name, tensor in own.items()}
+    wrapped = {id(bare(model.get_submodule(key))) for key in plan}
+    for module in model.modules():
+        if id(module) not in wrapped:
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if id(parameter) in owned:
+                    yield module, name, *owned[id(parameter)]
+
+
+def left_out(model: nn.Module) -> Iterator[str]:
+    """Why tensors of modules that could be wrapped are no candidates: what their module or they are called."""
+    for key, module in model.named_modules():
+        nested = any(True for child in module.children() for _ in child.parameters())
+        for name, parameter in module.named_parameters(recurse=False):
+            if nested or not can_be_trained(parameter):
+                continue
+            if tensor_of(name) != name:
+                yield f"{key}.{name} (which reads like the name of a low-rank update)"
+            elif names := names_of_both(module):
+                yield f"{key}.{name} (its module has a {names[0]}, and so has the wrapper)"
 
 
 def _names_of_saved(model: nn.Module) -> list[str]:

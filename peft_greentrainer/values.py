@@ -12,6 +12,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import GreenTrainerConfig
@@ -21,11 +23,45 @@ from .layer import GreenTrainerLayer, bare
 from .linear import can_be_low_rank
 from .low_rank_update import seed_of
 from .targets import WrapperPlan, plan_wrappers, uses
+from .trainable import can_be_trained
 
 
 def layers(model: nn.Module) -> dict[str, GreenTrainerLayer]:
     """The wrappers in a model, by the name of the module in the base model."""
-    return {base_name(name): module for name, module in model.named_modules() if isinstance(module, GreenTrainerLayer)}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {base_name(name): module for name, module in base.named_modules() if isinstance(module, GreenTrainerLayer)}
+
+
+def parameters_in_use(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Every floating-point parameter of a base model by its name there, with an adapter's own in place of the base's.
+
+    Its own are values, which go by the names of their tensors, factors, and what is in its modules to save. Names come
+    from where a wrapper stands: what stands inside it has the name of what it wraps.
+    """
+    found, seen = {}, set()
+
+    def walk(name: str, module: nn.Module) -> None:
+        if isinstance(module, GreenTrainerLayer):
+            values = module.greentrainer_values
+            for tensor, value in values[adapter_name].items() if adapter_name in values else ():
+                found[base_name(f"{name}.{tensor}")] = value
+            return walk(name, module.base_layer)
+        if isinstance(module, ModulesToSaveWrapper):
+            return walk(
+                name,
+                module.modules_to_save[adapter_name]
+                if adapter_name in module.modules_to_save
+                else module.original_module,
+            )
+        for tensor, parameter in module.named_parameters(prefix=name, recurse=False):
+            if can_be_trained(parameter) and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found.setdefault(base_name(tensor), parameter)
+        for child_name, child in module.named_children():
+            walk(f"{name}.{child_name}" if name else child_name, child)
+
+    walk("", model)
+    return found
 
 
 def candidate_tensors(

@@ -119,6 +119,26 @@ MODELS = {
         tr.WhisperConfig,
         BART | TOKENS | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64},
     ),
+    # It masks what its convolutions give, by their class and stride.
+    "parakeet": (
+        tr.ParakeetForCTC,
+        tr.ParakeetCTCConfig,
+        {
+            "vocab_size": 96,
+            "pad_token_id": 0,
+            "encoder_config": SIZES
+            | {"num_hidden_layers": 2, "num_mel_bins": 16, "subsampling_conv_channels": 8, "conv_kernel_size": 5}
+            | dict.fromkeys(("dropout", "layerdrop", "activation_dropout", "attention_dropout"), 0.0),
+        },
+    ),
+    # It keeps the state of a recurrence on modules, some of which are leaves.
+    "recurrent-gemma": (
+        tr.RecurrentGemmaForCausalLM,
+        tr.RecurrentGemmaConfig,
+        SIZES
+        | TOKENS
+        | {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "recurrent", "attention"]},
+    ),
     "vit": (tr.ViTForImageClassification, tr.ViTConfig, VISION),
     "convnext": (
         tr.ConvNextForImageClassification,
@@ -233,6 +253,12 @@ def make_batch(kind, rows=4, tokens=16, seed=0):
             return {"images": images, "labels": torch.arange(rows) % 5}
         if kind != "clip":
             return {"pixel_values": images, "labels": torch.arange(rows) % 2}
+    if kind == "parakeet":
+        mask = torch.ones(rows, 64, dtype=torch.long)
+        mask[0, -24:] = 0
+        features = torch.randn(rows, 64, 16, generator=generator)
+        labels = torch.randint(3, 96, (rows, 4), generator=generator)
+        return {"input_features": features, "attention_mask": mask, "labels": labels}
     ids = torch.randint(3, 96, (rows, tokens), generator=generator)
     if kind == "whisper":
         return {"input_features": torch.randn(rows, 8, 32, generator=generator), "labels": ids}
