@@ -43,8 +43,8 @@ class EmbeddingView(nn.Module):
 
     def _attribute(self, name: str) -> Any:
         layer = self.__dict__["layer"]
-        if name == "base_layer" and any(
-            "weight" in layer.changed_tensors(adapter) for adapter in layer.active_adapters
-        ):
-            raise AttributeError(name)
+        if name == "base_layer":  # peft looks for it among the modules of the model, where the wrapper stands for it
+            if any("weight" in layer.changed_tensors(adapter) for adapter in layer.active_adapters):
+                raise AttributeError(name)
+            return layer
         return getattr(layer, name)

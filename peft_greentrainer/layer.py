@@ -12,7 +12,7 @@ The base tensor stays as it is, frozen. A tensor that was never selected has no 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from functools import partial
 from types import MethodType
 from typing import Any, Optional
@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .forms import candidate_of, tensor_of
 from .lock import Lock
-from .same_class import new_with_class_of, read_through
+from .same_class import inside_of, new_with_class_of
+from .shared_tensors import read_through
 from .trainable import can_be_trained
 
 
@@ -372,6 +373,11 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
 
     def add_module(self, name: str, module: Optional[nn.Module]) -> None:
         self.base_layer.add_module(name, module)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As `nn.Module` does, but what is inside is no second module of that class."""
+        for name, module in super().named_modules(*args, **kwargs):
+            yield name, inside_of(module) if module is self.base_layer else module
 
     def _is_own(self, name: str) -> bool:
         state = self.__dict__

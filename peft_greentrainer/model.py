@@ -33,7 +33,7 @@ from .layer import GreenTrainerLayer
 from .linear import GreenTrainerLinear, wrap
 from .low_rank_update import LowRankForm
 from .provisional import provisional_selection
-from .same_class import stop_reading
+from .shared_tensors import stop_reading
 from .targets import TASK_HEADS, left_out, matches, plan_wrappers, readers
 from .values import (
     add_value,

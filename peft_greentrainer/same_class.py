@@ -6,23 +6,26 @@
 
 Models ask `isinstance(child, nn.Conv2d)` while they run, and every leaf of a model is wrapped. Such a class is that of
 the wrapper in everything else: what the wrapper and `nn.Module` define comes first, and what only the module's class
-defines is asked of the module itself (`_attribute`). Parents that hold a tensor of a child get a class of their own, too,
-in which the tensor is the one that is trained (`read_through`).
+defines is asked of the module itself (`_attribute`). Who looks at all modules of a model finds one of that class, as
+before.
 """
 
 from __future__ import annotations
 
 import functools
-import types
+import weakref
 from abc import ABCMeta
 from typing import Any
 
 from torch import nn
 
 
-# What belongs to a class and not to its instances, what copies an instance, and what ends it.
+# What is of a class, and not of its instances.
 _OF_CLASSES = {"__abstractmethods__", "__annotations__", "__orig_bases__", "__parameters__", "__slots__", "_abc_impl"}
-_OF_CLASSES |= {"__copy__", "__deepcopy__", "__del__", *vars(type("", (), {}))}
+_OF_CLASSES |= {*vars(type("", (), {}))}
+# What Python would ask the module's class for before `object`, and has to do for the wrapper.
+_OF_OBJECTS = {"__getattribute__": object.__getattribute__, "__del__": lambda self: None}
+_OF_OBJECTS |= {"__copy__": None, "__deepcopy__": None}
 
 
 class _SecondClass(ABCMeta):
@@ -42,14 +45,13 @@ def with_class_of(own: type, of_module: type) -> type:
     if not issubclass(meta, type(of_module)):
         meta = type(meta.__name__, (meta, type(of_module)), {})
     namespace: dict[str, Any] = {"__module__": own.__module__, "__doc__": own.__doc__, "_stands_for": (own, of_module)}
-    for cls in of_module.__mro__:
-        for name in vars(cls) if cls not in own.__mro__ else ():
-            if name not in _OF_CLASSES and not hasattr(own, name):
-                special = name.startswith("__") and name.endswith("__")
-                namespace[name] = _special_method(name) if special else _attribute(name)
-    # The module's own would be asked before those of `object`.
-    namespace |= {"__getattribute__": object.__getattribute__, "__del__": lambda self: None}
-    namespace |= {"__copy__": None, "__deepcopy__": None}
+    names = {name for cls in of_module.__mro__ if cls not in own.__mro__ for name in vars(cls)}
+    for name in names - _OF_CLASSES:
+        if name in _OF_OBJECTS:
+            namespace[name] = _OF_OBJECTS[name]
+        elif not hasattr(own, name):
+            special = name.startswith("__") and name.endswith("__")
+            namespace[name] = _special_method(name) if special else _attribute(name)
     return meta(own.__name__, (own, of_module), namespace)
 
 
@@ -67,42 +69,32 @@ def _special_method(name: str) -> Any:
     return lambda self, *args, **kwargs: self._attribute(name)(*args, **kwargs)
 
 
-READS = "_greentrainer_reads"
+class Inside(nn.Module):
+    """What `modules()` shows of a module that is wrapped: what every module has, as parameters, buffers, hooks, its mode.
+
+    What its class has is found on the wrapper. If it were found on both, whoever sums over all modules would count twice.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        of_all = (vars(self).keys() & vars(module).keys()) - {"_modules"}
+        vars(self).update({name: vars(module)[name] for name in of_all}, _module=weakref.ref(module))
+
+    @property
+    def training(self) -> bool:
+        return self._module().training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_module" in self.__dict__:  # not yet, in `nn.Module.__init__`
+            self._module().training = mode
 
 
-def read_through(holder: nn.Module, name: str, owner: nn.Module, owned: str) -> None:
-    """Let a module that holds a tensor of a wrapped one read the tensor that is used there: the two are tied."""
-    reads = vars(holder).setdefault(READS, {})
-    reads[name] = (owner, owned)
-    holder.__class__ = _reader(_without_reads(type(holder)), tuple(sorted(reads)))
+_insides: weakref.WeakKeyDictionary[nn.Module, Inside] = weakref.WeakKeyDictionary()
 
 
-def stop_reading(holder: nn.Module) -> None:
-    """Make the module what it was before `read_through`."""
-    if vars(holder).pop(READS, None) is not None:
-        holder.__class__ = _without_reads(type(holder))
-
-
-def _without_reads(cls: type) -> type:
-    return vars(cls).get("_reads_for", cls)
-
-
-@functools.cache
-def _reader(cls: type, names: tuple[str, ...]) -> type:
-    def read(name: str) -> property:
-        def effective(self: nn.Module) -> Any:
-            owner, owned = vars(self)[READS][name]
-            return owner.effective_tensor(owned)
-
-        return property(effective)
-
-    def reduce(self: nn.Module, protocol: int) -> tuple:
-        return _new_reader, (cls, names), self.__dict__
-
-    namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_reads_for": cls, "__reduce_ex__": reduce}
-    namespace |= {name: read(name) for name in names}
-    return types.new_class(cls.__name__, (cls,), {}, lambda body: body.update(namespace))
-
-
-def _new_reader(cls: type, names: tuple[str, ...]) -> Any:
-    return object.__new__(_reader(cls, names))
+def inside_of(module: nn.Module) -> Inside:
+    """The same one each time: code that looks at all modules remembers them."""
+    if module not in _insides:
+        _insides[module] = Inside(module)
+    return _insides[module]

@@ -101,9 +101,8 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
 def readers(model: nn.Module, plan: WrapperPlan) -> Iterator[tuple[nn.Module, str, str, str]]:
     """The modules that are not wrapped and hold a candidate tensor of one that is: each, its name there, and the owner's."""
     owned = {id(tensor): (key, name) for key, (own, _) in plan.items() for name, tensor in own.items()}
-    wrapped = {id(bare(model.get_submodule(key))) for key in plan}
-    for module in model.modules():
-        if id(module) not in wrapped:
+    for key, module in model.named_modules():
+        if key not in plan and key.removesuffix(".base_layer") not in plan:
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 if id(parameter) in owned:
                     yield module, name, *owned[id(parameter)]

@@ -501,7 +501,7 @@ def test_unusual_modules_run_and_a_property_is_made_of_effective_tensors():
     base = Library()
     model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(rho=1.0))
     found = candidates(model.get_base_model(), model.peft_config["default"])
-    assert found == ["memory.log_scale", "linear.weight", "linear.bias"]
+    assert found == ["memory.keys", "memory.log_scale", "linear.weight", "linear.bias"]
     x = torch.randn(2, 4)
     assert torch.equal(model(x), base(x))
     model(x).sum().backward()

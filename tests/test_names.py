@@ -6,8 +6,14 @@ import warnings
 import pytest
 import torch
 from models import make_batch, make_model
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft import inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from torch import nn
 
 from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer, convert_to_lora, export_tensors, profile, select

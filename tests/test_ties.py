@@ -83,7 +83,14 @@ class Named(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()), "logits": logits}
 
 
-MAKE = [Tied, Deep, Listed, Named]
+class Registered(Tied):
+    """A class that wants to be told something of its subclasses."""
+
+    def __init_subclass__(cls, name, **kwargs):
+        super().__init_subclass__(**kwargs)
+
+
+MAKE = [Tied, Deep, Listed, Named, Registered]
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]])
 
 

@@ -213,6 +213,79 @@ def test_an_embedding_that_the_model_gives_is_one():
     assert model.get_base_model().model.embed_tokens.base_layer.temperature == 3
 
 
+# Who looks at all modules
+
+
+class Noisy(nn.Module):
+    """A leaf of which the loss of the model is made, as in Bayesian layers and in routers of experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.randn(4, 4))
+        self.dropout = nn.Dropout(0.0)
+        self.calls = 0
+
+    def penalty(self):
+        self.calls += 1
+        return self.mean.square().sum() * self.calls
+
+    def forward(self, hidden):
+        self.balance = self.dropout(hidden @ self.mean).mean()
+        return hidden @ self.mean
+
+
+class Collecting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Noisy(), nn.LayerNorm(4), Noisy()])
+
+    def forward(self, hidden):
+        for layer in self.layers:
+            hidden = layer(hidden)
+        noisy = [module for module in self.modules() if isinstance(module, Noisy)]
+        for module in self.modules():
+            if isinstance(module, (Noisy, nn.Dropout)):
+                module.marked = getattr(module, "marked", 0) + 1
+        penalty = sum(module.penalty() + module.balance for module in noisy) / len(noisy)
+        return {"loss": hidden.square().mean() + penalty, "logits": hidden}
+
+
+def test_each_module_is_found_once_among_all():
+    torch.manual_seed(0)
+    base = Collecting()
+    model = wrapped(base)
+    for _ in range(2):
+        hidden = torch.randn(2, 4)
+        expected, found = base(hidden), model(hidden)
+        assert torch.equal(expected["loss"], found["loss"]) and torch.equal(expected["logits"], found["logits"])
+        expected["loss"].backward()
+        found["loss"].backward()
+    for name, layer in layers(model).items():
+        for tensor, value in layer.greentrainer_values["default"].items():
+            assert torch.equal(value.grad, base.get_submodule(name).get_parameter(tensor).grad)
+        if isinstance(layer, Noisy):
+            assert layer.calls == layer.marked == layer.dropout.marked == 2
+    names = {name for name, _ in base.named_parameters()}
+    inside = {name.replace(".base_layer", "") for name, _ in model.get_base_model().named_parameters()}
+    assert names <= inside and [id(p) for p in model.parameters()] == [id(p) for _, p in model.named_parameters()]
+
+
+def test_what_is_put_on_a_module_that_was_found_among_all_is_on_the_module():
+    model = wrapped(make_model("llama"))
+    calls = []
+    for module in model.modules():
+        module.seen = True
+        module.register_forward_hook(lambda module, args, output: calls.append(type(module)))
+    model(**make_batch("llama"))
+    assert all(layer.base_layer.seen and layer.seen for layer in layers(model).values())
+    assert calls.count(nn.Linear) == sum(isinstance(m, nn.Linear) for m in make_model("llama").modules())
+    copied = copy.deepcopy(model)
+    for _, module in copied.named_modules():
+        module.seen = False
+    assert all(layer.base_layer.seen for layer in layers(model).values())
+    assert not any(layer.base_layer.seen for layer in layers(copied).values())
+
+
 # Classes of all kinds
 
 
@@ -318,19 +391,18 @@ def test_the_class_of_a_wrapper_can_be_swapped():
 
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_the_hooks_of_accelerate_are_put_on_and_taken_off(where):
-    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
+    from accelerate.hooks import attach_execution_device_hook, remove_hook_from_submodules
 
     base = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     if where == "before":
-        add_hook_to_module(base[0], ModelHook())
+        attach_execution_device_hook(base, "cpu")
     model = get_peft_model(base, GreenTrainerConfig(rho=1.0, init_weights=False))
     x = torch.ones(1, 4)
     expected = model(x)
     if where == "after":
-        for module in list(model.modules()):
-            add_hook_to_module(module, ModelHook())
+        attach_execution_device_hook(model, "cpu")
     assert torch.equal(model(x), expected)
-    remove_hook_from_submodules(model)
+    remove_hook_from_submodules(model.get_base_model())
     assert torch.equal(model(x), expected)
     assert not any("_hf_hook" in vars(module) for module in model.modules())
 
