@@ -73,7 +73,7 @@ class Probe:
         self.forms = forms
         self.recorder = CostRecorder(forms, self._measured)
         self._timed: TimedRecorder | None = None
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | float] = {}
         self._armed = ExitStack()
         self._opened = ExitStack()
         self._recording = ExitStack()
@@ -132,7 +132,7 @@ class Probe:
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far, as JSON."""
-        sums = {name: total.item() for name, total in self._sums.items()}
+        sums = {name: float(total) for name, total in self._sums.items()}
         kept, recorded = self.measure.state_dict(), self.recorder.state_dict()
         return {"passes": self.passes, "sums": sums, "measure": kept, "recorder": recorded}
 
@@ -140,7 +140,7 @@ class Probe:
         """Go on from what was measured; but what was timed is timed again, from the start."""
         if self.time_with is None:
             self.passes = state["passes"]
-            self._sums = {name: torch.tensor(total) for name, total in state["sums"].items()}
+            self._sums = dict(state["sums"])  # a number and a tensor add up in the type of the tensor
             self.measure.load_state_dict(state["measure"])
             self.recorder.load_state_dict(state["recorder"])
 
@@ -150,7 +150,7 @@ class Probe:
 
     def importances(self) -> dict[str, float]:
         """The mean importance of each candidate over the passes so far."""
-        return {name: total.item() / self.passes for name, total in self._sums.items()}
+        return {name: float(total) / self.passes for name, total in self._sums.items()}
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not self.complete and not self._in_own_pass:  # not an evaluation, say
