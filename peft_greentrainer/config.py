@@ -48,7 +48,8 @@ class GreenTrainerConfig(PeftConfig):
             The rank for `low_rank="only"`.
         target_modules (`Union[list[str], str]`, *optional*):
             The modules whose tensors may be trained: a list of names or a regular expression. Default: every module
-            that owns floating-point parameters.
+            that owns floating-point parameters, without the tensors that did not require grad before the model was
+            wrapped, unless none did.
         exclude_modules (`Union[list[str], str]`, *optional*):
             The modules whose tensors may not be trained. They still count in the cost of full fine-tuning.
         layers_to_transform (`Union[list[int], int]`, *optional*):
@@ -59,9 +60,9 @@ class GreenTrainerConfig(PeftConfig):
             Modules that are trained and saved in any case, such as a new head. They count in the budget.
         init_weights (`bool`):
             Whether trained values start at the base tensors. `False` moves them a little, for tests only.
-        format_version, tensors, selected, provisional, spent:
-            Kept by the adapter: which tensors have a trained value, with a fingerprint of the base tensor each, which
-            are being trained, and what the training has cost.
+        format_version, frozen, tensors, selected, provisional, spent:
+            Kept by the adapter: which tensors did not require grad before the model was wrapped, which have a trained
+            value, with a fingerprint of the base tensor each, which are being trained, and what the training has cost.
     """
 
     rho: float = field(
@@ -125,7 +126,8 @@ class GreenTrainerConfig(PeftConfig):
         metadata={
             "help": (
                 "The modules whose tensors may be trained: a list of module names or a regular expression. Default: "
-                "every module that owns floating-point parameters."
+                "every module that owns floating-point parameters, without the tensors that did not require grad before "
+                "the model was wrapped, unless none did."
             )
         },
     )
@@ -170,6 +172,12 @@ class GreenTrainerConfig(PeftConfig):
     format_version: int = field(
         default=FORMAT_VERSION, metadata={"help": "Layout of the saved file. Kept by the adapter."}
     )
+    frozen: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "The tensors that did not require grad before the model was first wrapped. Kept by the adapter."
+        },
+    )
     tensors: Optional[dict[str, Any]] = field(
         default=None,
         metadata={
@@ -195,7 +203,7 @@ class GreenTrainerConfig(PeftConfig):
     def take_for_a_model(self) -> None:
         """Forget what belongs to the model that this config was used for before, if it was."""
         if hasattr(self, "_taken"):
-            self.tensors = self.selected = self.spent = None
+            self.frozen = self.tensors = self.selected = self.spent = None
             self.provisional = False
         self._taken = True
 

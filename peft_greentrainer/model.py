@@ -14,7 +14,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from .checks import refuse_offloaded, refuse_wrapped_heads, tell_of_quantized
+from .checks import note_frozen, refuse_offloaded, refuse_wrapped_heads, tell_of_quantized
 from .config import GreenTrainerConfig
 from .delta import (
     ELSEWHERE,
@@ -139,6 +139,8 @@ class GreenTrainerModel(BaseTuner):
         return _maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config: GreenTrainerConfig, model: nn.Module) -> None:
+        if peft_config.tensors is None:
+            note_frozen(model, peft_config, self.peft_config.values())
         self._plan = plan_wrappers(peft_config, model)
         self._holders = _holders(model)
         found = candidate_tensors(self._plan, model, peft_config)

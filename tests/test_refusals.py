@@ -1,0 +1,207 @@
+"""What cannot be done, or is not done as one may expect, is said in a sentence that tells what to do instead."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from loop import Loop
+from models import make_batch, make_model
+from peft import PeftModel, get_peft_model
+
+from peft_greentrainer import GreenTrainerConfig
+from peft_greentrainer.formulas import flop_counter
+from peft_greentrainer.values import candidates
+
+
+def candidates_of(model, adapter="default"):
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return set(candidates(base, base.peft_config[adapter]))
+
+
+def freeze(model, *parts):
+    frozen = set()
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in parts):
+            parameter.requires_grad_(False)
+            frozen.add(name)
+    return frozen
+
+
+def names_of(model):
+    return {name for name, _ in model.named_parameters()}
+
+
+def quietly(call):
+    """What a call gives, when it must not warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return call()
+
+
+# Parts that were frozen before wrapping
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [("llama", ["layers.0."]), ("clip", ["vision_model"]), ("llama-tied", ["embed_tokens"]), ("convnet", ["mix"])],
+)
+def test_what_was_frozen_before_is_no_candidate_and_it_is_said(kind, parts):
+    base = make_model(kind)
+    before, frozen = names_of(base), freeze(base, *parts)
+    with pytest.warns(UserWarning, match=f"{parts[0].rstrip('.').split('.')[0]}.*target_modules"):
+        model = get_peft_model(base, GreenTrainerConfig(rho=1.0))
+    found = candidates_of(model)
+    assert found and found == candidates_of(get_peft_model(make_model(kind), GreenTrainerConfig())) - frozen
+    assert frozen and frozen <= before - found
+    loop = Loop(model, kind).run(3)
+    assert loop.selection.tensors == found
+
+
+def test_frozen_parts_count_in_the_cost_of_full_fine_tuning():
+    base = make_model("llama")
+    freeze(base, "layers.0.", "layers.1.")
+    with pytest.warns(UserWarning, match="layers"):
+        loop = Loop(get_peft_model(base, GreenTrainerConfig(rho=0.5))).run(3)
+    with flop_counter() as full:
+        make_model("llama")(**make_batch("llama")).loss.backward()
+    with flop_counter() as counted:
+        loop.step()
+    assert counted.get_total_flops() == pytest.approx(loop.selection.ratio * full.get_total_flops(), rel=1e-9)
+
+
+def test_the_model_itself_may_freeze_a_part():
+    base = make_model("whisper")
+    frozen = {name for name, p in base.named_parameters() if not p.requires_grad}
+    assert frozen == {"model.encoder.embed_positions.weight"}
+    with pytest.warns(UserWarning, match="model.encoder.embed_positions.weight.*target_modules"):
+        model = get_peft_model(base, GreenTrainerConfig())
+    assert not frozen & candidates_of(model)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], r".*\.(q|up)_proj", "all-linear"], ids=str)
+def test_target_modules_names_what_is_trained_be_it_frozen_or_not(targets):
+    base = make_model("llama")
+    freeze(base, "layers.0.", "norm")
+    with pytest.warns(UserWarning, match=r"q_proj.*exclude_modules") as told:
+        model = get_peft_model(base, GreenTrainerConfig(target_modules=targets))
+    assert not any("norm" in str(warning.message) for warning in told)
+    right = get_peft_model(make_model("llama"), GreenTrainerConfig(target_modules=targets))
+    assert candidates_of(model) == candidates_of(right)
+
+
+def test_nothing_is_said_where_nothing_or_everything_is_frozen_or_what_is_frozen_is_not_named():
+    every = candidates_of(quietly(lambda: get_peft_model(make_model("llama"), GreenTrainerConfig())))
+    frozen = make_model("llama").requires_grad_(False)
+    assert candidates_of(quietly(lambda: get_peft_model(frozen, GreenTrainerConfig()))) == every
+    for options in (
+        {"exclude_modules": r".*layers\.0\..*"},
+        {"target_modules": ["lm_head", "norm"], "exclude_modules": ["layers.0.input_layernorm"]},
+        {"layers_to_transform": [1, 2]},
+    ):
+        base = make_model("llama")
+        freeze(base, "layers.0.")
+        model = quietly(lambda: get_peft_model(base, GreenTrainerConfig(**options)))
+        assert candidates_of(model) == candidates_of(
+            get_peft_model(make_model("llama"), GreenTrainerConfig(**options))
+        )
+
+
+def test_where_all_that_may_be_trained_was_frozen_it_is_trained_and_that_is_said():
+    base = make_model("llama")
+    freeze(base, "layers.0.")
+    with pytest.warns(UserWarning, match=r"layers.*q_proj.*exclude_modules"):
+        model = get_peft_model(base, GreenTrainerConfig(layers_to_transform=[0]))
+    assert len(candidates_of(model)) == 9
+    base = make_model("bert-sequences")
+    freeze(base, "bert.")
+    with pytest.warns(UserWarning, match=r"bert.*exclude_modules"):
+        model = get_peft_model(base, GreenTrainerConfig(task_type="SEQ_CLS"))
+    right = get_peft_model(make_model("bert-sequences"), GreenTrainerConfig(task_type="SEQ_CLS"))
+    assert candidates_of(model) == candidates_of(right)
+
+
+def test_modules_to_save_are_trained_though_they_were_frozen():
+    base = make_model("llama")
+    freeze(base, "lm_head")
+    model = quietly(lambda: get_peft_model(base, GreenTrainerConfig(modules_to_save=["lm_head"])))
+    assert model.get_base_model().lm_head.modules_to_save["default"].weight.requires_grad
+    assert len(candidates_of(model)) == len(names_of(make_model("llama"))) - 1
+
+
+def test_only_one_use_of_a_tied_tensor_is_frozen_with_the_other():
+    base = make_model("llama-tied")
+    base.lm_head.weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match="model.embed_tokens.weight"):
+        model = get_peft_model(base, GreenTrainerConfig())
+    assert "model.embed_tokens.weight" not in candidates_of(model)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_second_adapter_takes_over_what_was_frozen_before_the_first(native):
+    base = make_model("llama")
+    frozen = freeze(base, "layers.0.")
+    with pytest.warns(UserWarning, match="layers"):
+        if native:
+            model = base
+            model.add_adapter(GreenTrainerConfig(), "default")
+            model.add_adapter(GreenTrainerConfig(), "second")
+        else:
+            model = get_peft_model(base, GreenTrainerConfig())
+            model.add_adapter("second", GreenTrainerConfig())
+    assert candidates_of(model, "second") == candidates_of(model) == names_of(make_model("llama")) - frozen
+    with pytest.warns(UserWarning, match="layers.*exclude_modules"):
+        third = GreenTrainerConfig(target_modules=["q_proj"])
+        model.add_adapter(third, "third") if native else model.add_adapter("third", third)
+    assert len(candidates_of(model, "third")) == 3
+
+
+def test_a_second_adapter_of_a_base_that_nobody_froze_has_every_candidate():
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(exclude_modules=["lm_head"]))
+    quietly(lambda: model.add_adapter("second", GreenTrainerConfig()))
+    assert candidates_of(model, "second") == names_of(make_model("llama"))
+
+
+@pytest.mark.parametrize("here", ["free", "frozen", "partly"])
+@pytest.mark.parametrize("there", ["free", "partly"])
+def test_what_a_file_names_is_loaded_whatever_is_frozen(there, here, tmp_path):
+    def base(state):
+        model = make_model("llama")
+        freeze(model, *{"free": [], "frozen": [""], "partly": ["layers.0."]}[state])
+        return model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base(there), GreenTrainerConfig(rho=1.0))
+        Loop(model).run(3)
+    model.save_pretrained(tmp_path)
+    loaded = quietly(lambda: PeftModel.from_pretrained(base(here), tmp_path, is_trainable=True))
+    assert torch.equal(loaded(**make_batch("llama")).logits, model(**make_batch("llama")).logits)
+    # It is trained further as it was begun.
+    assert candidates_of(loaded) == candidates_of(model)
+    assert (Loop(loaded).run(3).selection.tensors) == candidates_of(model)
+    json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+def test_a_config_that_is_used_again_forgets_what_was_frozen_in_another_model():
+    config = GreenTrainerConfig()
+    base = make_model("llama")
+    freeze(base, "layers.0.")
+    with pytest.warns(UserWarning, match="layers"):
+        get_peft_model(base, config)
+    model = quietly(lambda: get_peft_model(make_model("llama"), config))
+    assert candidates_of(model) == names_of(make_model("llama"))
+    base = make_model("bert")
+    freeze(base, "embeddings")
+    with pytest.warns(UserWarning, match="bert.embeddings"):
+        get_peft_model(base, config)
+
+
+@pytest.mark.parametrize("low_rank", [4, "only"])
+def test_what_was_frozen_has_no_low_rank_form(low_rank):
+    base = make_model("llama")
+    freeze(base, "layers.0.")
+    with pytest.warns(UserWarning, match="layers"):
+        model = get_peft_model(base, GreenTrainerConfig(low_rank=low_rank))
+    assert not any("layers.0." in name for name in candidates_of(model))
+    assert any("low_rank" in name for name in candidates_of(model))
