@@ -31,6 +31,7 @@ from .layer import GreenTrainerLayer
 from .linear import GreenTrainerLinear, wrap
 from .low_rank_update import LowRankForm
 from .provisional import provisional_selection
+from .resizing import allow_resizing, refuse_resizing
 from .targets import TASK_HEADS, matches, plan_wrappers
 from .values import (
     add_value,
@@ -130,6 +131,7 @@ class GreenTrainerModel(BaseTuner):
         # Which modules to wrap follows from the config also where the file is at hand: tied tensors are read by
         # modules that the file does not name.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        refuse_resizing(model)
 
     def _prepare_adapter_config(self, peft_config: GreenTrainerConfig, model_config: dict) -> GreenTrainerConfig:
         heads = TASK_HEADS.get(peft_config.task_type, ())
@@ -235,7 +237,9 @@ class GreenTrainerModel(BaseTuner):
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
             warn_if_never_selected(self.model, adapter_name)
-        return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        base = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        allow_resizing(base)
+        return base
 
     def _refuse_broken(self, adapter_names: Optional[list[str]]) -> None:
         for layer in layers(self.model).values():

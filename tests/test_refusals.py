@@ -1,5 +1,6 @@
 """What cannot be done, or is not done as one may expect, is said in a sentence that tells what to do instead."""
 
+import copy
 import json
 import warnings
 
@@ -8,8 +9,9 @@ import torch
 from loop import Loop
 from models import make_batch, make_model
 from peft import PeftModel, get_peft_model
+from torch import nn
 
-from peft_greentrainer import GreenTrainerConfig
+from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer
 from peft_greentrainer.formulas import flop_counter
 from peft_greentrainer.values import candidates
 
@@ -205,3 +207,167 @@ def test_what_was_frozen_has_no_low_rank_form(low_rank):
         model = get_peft_model(base, GreenTrainerConfig(low_rank=low_rank))
     assert not any("layers.0." in name for name in candidates_of(model))
     assert any("low_rank" in name for name in candidates_of(model))
+
+
+# Embeddings of another size
+
+
+def adapted(kind, how, **options):
+    """The model to call, and the base model, with an adapter that was added in one of three ways."""
+    base = make_model(kind)
+    if how == "native":
+        base.add_adapter(GreenTrainerConfig(**options))
+        return base, base
+    model = get_peft_model(base, GreenTrainerConfig(**options))
+    return (model if how == "peft" else model.base_model), base
+
+
+def picture(model):
+    """All that a resizing would change."""
+    sizes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    return str(model), sizes, model.config.to_dict(), {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same(one, other):
+    tensors, others = one[-1], other[-1]
+    return one[:-1] == other[:-1] and all(torch.equal(tensors[name], others[name]) for name in tensors | others)
+
+
+WAYS = ["peft", "tuner", "native"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "bart", "bert", "t5"])
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [((104,), {}), ((90,), {}), ((None, 64), {}), ((97,), {"mean_resizing": False}), ((), {"new_num_tokens": 100})],
+    ids=str,
+)
+def test_a_wrapped_embedding_is_not_resized_and_it_is_said_what_to_do(kind, how, args, options):
+    model, base = adapted(kind, how)
+    before = picture(base)
+    with pytest.raises(ValueError, match="before.*exclude_modules"):
+        model.resize_token_embeddings(*args, **options)
+    assert same(picture(base), before)
+    model(**make_batch(kind))
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "bart", "bert", "t5"])
+@pytest.mark.parametrize("args", [(), (96,), (None, 32), (90, 32)], ids=str)
+def test_a_resizing_to_the_size_it_has_changes_nothing(kind, how, args):
+    model, base = adapted(kind, how)
+    batch = make_batch(kind)
+    base.eval()
+    before, logits = picture(base), model(**batch).logits
+    assert model.resize_token_embeddings(*args).weight.shape[0] == 96
+    assert same(picture(base), before) and torch.equal(model(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_an_embedding_that_is_not_wrapped_is_resized_as_ever(kind, how):
+    options = {"exclude_modules": ["embed_tokens", "lm_head"]}
+    model, base = adapted(kind, how, **options)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(104)
+    right = make_model(kind)
+    torch.manual_seed(0)
+    right.resize_token_embeddings(104)
+    assert base.config.vocab_size == 104 and base.lm_head.weight.shape == (104, 32)
+    batch = make_batch(kind)
+    assert torch.equal(base.eval()(**batch).logits, right.eval()(**batch).logits)
+    if how == "peft":
+        assert Loop(model).run(3).selection.ratio <= 0.5
+
+
+@pytest.mark.parametrize("kept", ["embed_tokens", "lm_head"])
+def test_a_module_to_save_or_a_wrapper_of_one_of_the_two_is_not_resized_either(kept):
+    other = "lm_head" if kept == "embed_tokens" else "embed_tokens"
+    for options in ({"exclude_modules": [other]}, {"target_modules": ["q_proj"], "modules_to_save": [kept]}):
+        model, base = adapted("llama", "peft", **options)
+        before = picture(base)
+        with pytest.raises(ValueError, match=f"{kept}.*before"):
+            model.resize_token_embeddings(104)
+        assert same(picture(base), before)
+
+
+def test_parts_of_a_model_refuse_too():
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig())
+    with pytest.raises(ValueError, match="before.*exclude_modules"):
+        model.get_base_model().model.resize_token_embeddings(104)
+
+    class Reward(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.llm, self.value = make_model("llama"), nn.Linear(96, 1)
+
+    reward = get_peft_model(Reward(), GreenTrainerConfig())
+    with pytest.raises(ValueError, match="embed_tokens.*before.*exclude_modules"):
+        reward.llm.resize_token_embeddings(104)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "second adapter", "compile"])
+def test_it_is_still_refused_afterwards(way, tmp_path):
+    model, base = adapted("llama", "peft")
+    if way == "deepcopy":
+        model = copy.deepcopy(model)
+    elif way == "pickle":
+        torch.save(model, tmp_path / "model.pt")
+        model = torch.load(tmp_path / "model.pt", weights_only=False)
+    elif way == "second adapter":
+        model.add_adapter("second", GreenTrainerConfig())
+        model.delete_adapter("default")
+    else:
+        model = torch.compile(model, backend="eager")
+    before, here = picture(base), picture(model)
+    with pytest.raises(ValueError, match="before.*exclude_modules"):
+        model.resize_token_embeddings(104)
+    assert same(picture(model), here) and same(picture(base), before)
+    if way in ("deepcopy", "pickle"):  # the copy looks at itself
+        assert model.resize_token_embeddings() is not base.model.embed_tokens
+        base = model.unload()
+        base.resize_token_embeddings(104)
+        assert base(**make_batch("llama")).logits.shape[-1] == 104
+
+
+@pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
+def test_a_base_without_wrappers_is_resized_as_ever(unload):
+    model, base = adapted("llama", "peft")
+    attributes = vars(make_model("llama")).keys()
+    base = getattr(model, unload)()
+    assert {name for name in vars(base).keys() - attributes if "embeddings" in name} == set()
+    base.resize_token_embeddings(104)
+    assert base(**make_batch("llama")).logits.shape[-1] == 104
+    model = get_peft_model(base, GreenTrainerConfig())
+    with pytest.raises(ValueError, match="before.*exclude_modules"):
+        model.resize_token_embeddings(96)
+
+
+def test_a_wrapping_that_is_refused_leaves_the_model_as_it_was():
+    base = make_model("llama")
+    before = set(vars(base))
+    with pytest.raises(ValueError, match="matches no module"):
+        get_peft_model(base, GreenTrainerConfig(target_modules=["nothing"]))
+    assert set(vars(base)) == before
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_another_module_is_not_set_in_place_of_a_wrapped_one(how):
+    model, base = adapted("llama", how)
+    before = picture(base)
+    with pytest.raises(ValueError, match="embed_tokens.*before.*exclude_modules"):
+        model.set_input_embeddings(nn.Embedding(96, 32))
+    with pytest.raises(ValueError, match="lm_head.*before.*exclude_modules"):
+        model.set_output_embeddings(nn.Linear(32, 96, bias=False))
+    assert same(picture(base), before)
+    # What one gets may be set again.
+    model.set_input_embeddings(model.get_input_embeddings())
+    model.set_output_embeddings(model.get_output_embeddings())
+    assert same(picture(base), before)
+    assert isinstance(base.lm_head, GreenTrainerLayer) and isinstance(base.model.embed_tokens, GreenTrainerLayer)
+
+    model, base = adapted("llama", how, exclude_modules=["embed_tokens", "lm_head"])
+    head = nn.Linear(32, 96, bias=False)
+    model.set_output_embeddings(head)
+    assert base.lm_head is head
