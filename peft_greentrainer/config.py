@@ -58,6 +58,8 @@ class GreenTrainerConfig(PeftConfig):
             The name of the list of layers that `layers_to_transform` counts in, such as `"layers"` or `"h"`.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained and saved in any case, such as a new head. They count in the budget.
+        trainable_token_indices:
+            None: single rows of an embedding are not trained. trl's trainers look for it, where a chat template adds tokens.
         init_weights (`bool`):
             Whether trained values start at the base tensors. `False` moves them a little, for tests only.
         format_version, frozen, tensors, selected, provisional, spent:
@@ -163,6 +165,15 @@ class GreenTrainerConfig(PeftConfig):
             "help": ("Modules that are trained and saved in any case, such as a new head. They count in the budget.")
         },
     )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None,
+        metadata={
+            "help": (
+                "None: single rows of an embedding are not trained; put the embedding into modules_to_save. trl's trainers "
+                "look for it, where a chat template adds tokens."
+            )
+        },
+    )
     init_weights: bool = field(
         default=True,
         metadata={
@@ -207,6 +218,17 @@ class GreenTrainerConfig(PeftConfig):
             self.provisional = False
         self._taken = True
 
+    def refuse_single_rows(self) -> None:
+        """Raise `ValueError` if rows of an embedding are to be trained; trl sets that after the config was made."""
+        if self.trainable_token_indices is not None:
+            raise ValueError(
+                "trainable_token_indices would train single rows of an embedding, and GreenTrainer trains whole tensors: set "
+                "it to None, and train embedding and head as they are with modules_to_save=['embed_tokens', 'lm_head'], by "
+                "the names that they have in your model. If it was set by a trainer of trl, since a chat template adds "
+                "tokens: call trl.clone_chat_template(model, tokenizer, path) yourself, give the trainer the model and the "
+                "tokenizer that it returns, and no chat_template_path."
+            )
+
     def loaded_again(self) -> bool:
         """Whether values are loaded into this adapter for a second time, as for going on from a checkpoint."""
         self._reloaded, self._loaded = hasattr(self, "_loaded"), True
@@ -233,6 +255,7 @@ class GreenTrainerConfig(PeftConfig):
         _check("low_rank", self.low_rank, low_rank, "a rank from 1, 'only', or 0 for whole tensors only")
         _check("low_rank_lr", self.low_rank_lr, _is_number(self.low_rank_lr) and self.low_rank_lr > 0, "positive")
         _check("r", self.r, _is_count(self.r), "a rank from 1")
+        self.refuse_single_rows()
         if self.low_rank and self.budget == "seconds":
             raise ValueError(
                 "What a low-rank form would take is known in FLOPs only: set budget='flops', or low_rank=0."

@@ -123,6 +123,7 @@ class GreenTrainerModel(BaseTuner):
         if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
             # Another adapter of the same tensors: trl copies one so, value by value.
             self.peft_config[adapter_name] = config = dataclasses.replace(config, spent=None)
+        config.refuse_single_rows()
         config.take_for_a_model()
         if state_dict is not None:
             names = [candidate_of_key(key) for key in state_dict if VALUES in key]

@@ -6,12 +6,14 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 from loop import Loop
-from models import make_batch, make_model
+from models import make_batch, make_model, make_text, make_tokenizer
 from peft import PeftModel, get_peft_model
 from torch import nn
+from trl import SFTConfig, SFTTrainer, clone_chat_template
 
-from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer
+from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, GreenTrainerLayer
 from peft_greentrainer.formulas import flop_counter
 from peft_greentrainer.values import candidates
 
@@ -371,3 +373,96 @@ def test_another_module_is_not_set_in_place_of_a_wrapped_one(how):
     head = nn.Linear(32, 96, bias=False)
     model.set_output_embeddings(head)
     assert base.lm_head is head
+
+
+# A chat template that adds tokens
+
+
+def template_with_new_tokens(path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"])
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <eos> {% endfor %}"
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def sft_trainer(model, tokenizer, tmp_path, **options):
+    text = make_text(16)
+    data = Dataset.from_dict(
+        {"messages": [[{"role": "user", "content": t}, {"role": "assistant", "content": t}] for t in text]}
+    )
+    peft_config = options.pop("peft_config", None)
+    args = SFTConfig(
+        str(tmp_path / "out"), max_steps=3, report_to=[], use_cpu=True, bf16=False, learning_rate=1e-2, **options
+    )
+    return SFTTrainer(
+        model,
+        args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[GreenTrainerCallback()],
+    )
+
+
+ADVICE = r"modules_to_save=\['embed_tokens'.*chat_template_path"
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj"]}], ids=str)
+def test_a_chat_template_that_adds_tokens_is_refused_with_advice(options, tmp_path):
+    base, path = make_model("llama"), template_with_new_tokens(tmp_path / "template")
+    with pytest.raises(ValueError, match=ADVICE):
+        sft_trainer(
+            base, make_tokenizer(), tmp_path, peft_config=GreenTrainerConfig(**options), chat_template_path=path
+        )
+    assert not any(isinstance(module, GreenTrainerLayer) for module in base.modules())
+
+
+def test_the_advice_on_chat_templates_trains_the_new_tokens(tmp_path):
+    path = template_with_new_tokens(tmp_path / "template")
+    base, tokenizer, added = clone_chat_template(make_model("llama"), make_tokenizer(), path)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    config = GreenTrainerConfig(rho=0.9, modules_to_save=["embed_tokens", "lm_head"])
+    trainer = sft_trainer(base, tokenizer, tmp_path, peft_config=config)
+    trainer.train()
+    after = trainer.model.merge_and_unload().state_dict()
+    new = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    assert set(new) <= set(added)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert (after[name][new] != before[name][new]).any(dim=1).all()
+
+
+def test_a_chat_template_without_new_tokens_trains_as_ever(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} <eos> {% endfor %}"
+    (tmp_path / "template.jinja").write_text(tokenizer.chat_template)
+    config, path = GreenTrainerConfig(rho=0.9), str(tmp_path / "template.jinja")
+    trainer = sft_trainer(make_model("llama"), make_tokenizer(), tmp_path, peft_config=config, chat_template_path=path)
+    trainer.train()
+    assert config.trainable_token_indices is None and not config.provisional
+
+
+def test_a_model_that_is_wrapped_already_gets_no_new_tokens(tmp_path):
+    path = template_with_new_tokens(tmp_path / "template")
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig())
+    with pytest.raises(ValueError, match="resize_token_embeddings would change.*before it is wrapped"):
+        sft_trainer(model, make_tokenizer(), tmp_path, chat_template_path=path)
+
+
+@pytest.mark.parametrize("indices", [[3, 4], [], {"embed_tokens": [3]}, {}, {"lm_head": [1]}], ids=str)
+def test_single_rows_of_an_embedding_are_not_trained(indices):
+    with pytest.raises(ValueError, match=r"trainable_token_indices.*modules_to_save=\["):
+        GreenTrainerConfig(trainable_token_indices=indices)
+    for native in (False, True):
+        config, base = GreenTrainerConfig(), make_model("llama")
+        config.trainable_token_indices = indices
+        before = picture(base)
+        with pytest.raises(ValueError, match=r"trainable_token_indices.*modules_to_save=\["):
+            base.add_adapter(config) if native else get_peft_model(base, config)
+        assert same(picture(base), before)
+    model, config = get_peft_model(make_model("llama"), GreenTrainerConfig()), GreenTrainerConfig()
+    config.trainable_token_indices = indices
+    before = picture(model)
+    with pytest.raises(ValueError, match=r"trainable_token_indices.*modules_to_save=\["):
+        model.add_adapter("second", config)
+    assert same(picture(model), before)
