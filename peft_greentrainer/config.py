@@ -35,7 +35,8 @@ class GreenTrainerConfig(PeftConfig):
             Over how many batches (forward and backward passes) the importance of a tensor is averaged.
         probe_batch_size (`int`, *optional*):
             Measure on the first rows of a batch only, in a pass of its own before the step. For those who can afford
-            the memory of the budgeted step but not of a full one.
+            the memory of the budgeted step but not of a full one. Inputs whose rows do not correspond to those of the
+            batch, such as the patches of all its images, are refused.
         low_rank (`Union[int, str]`):
             Offer every linear tensor in two forms, of which one is selected at most: whole, or as a low-rank update of
             this rank, as in LoRA. `"only"`: linear tensors as low-rank updates only, of the rank `r`, and those that are

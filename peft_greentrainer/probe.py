@@ -32,6 +32,7 @@ from .low_rank_cost import LowRank, NoticeLowRank
 from .measure import Measure
 from .passes import free_gradient, loss_of, record
 from .recorder import CostRecorder, tensors_in
+from .rows import first_rows, say_of_rows
 from .seconds import PASSES, TimedRecorder, timed
 
 
@@ -236,6 +237,10 @@ class Probe:
         if self.complete or self._in_own_pass or not torch.is_grad_enabled():
             return
         args, kwargs = first_rows(args, kwargs, self.batch_size)
+        with say_of_rows(self.batch_size):
+            self._measure_on(module, args, kwargs)
+
+    def _measure_on(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._time(module, args, kwargs)
         self._in_own_pass = True
         try:
@@ -292,23 +297,3 @@ def _scalar_of(output: Any) -> Tensor:
 
 def _tensors(output: Any) -> list[Tensor]:
     return tensors_in(output.values() if isinstance(output, Mapping) else (output,))
-
-
-def first_rows(args: tuple, kwargs: dict[str, Any], rows: int) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a model for the first rows of a batch only.
-
-    >>> first_rows((), {"input_ids": torch.zeros(4, 9), "position_ids": torch.zeros(1, 9)}, 2)[1]["input_ids"].shape
-    torch.Size([2, 9])
-
-    The first tensor tells how many rows the batch has; tensors whose first dimension is another stay whole.
-    """
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0]
-    if not tensors:
-        raise ValueError("probe_batch_size needs a model that takes tensors; set it to None.")
-    batch_size = len(tensors[0])
-
-    def cut(value: Any) -> Any:
-        of_batch = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size
-        return value[:rows] if of_batch else value
-
-    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}

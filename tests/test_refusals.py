@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -11,10 +12,12 @@ from loop import Loop
 from models import make_batch, make_model, make_text, make_tokenizer
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import BatchEncoding, DynamicCache
 from trl import SFTConfig, SFTTrainer, clone_chat_template
 
 from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, GreenTrainerLayer
 from peft_greentrainer.formulas import flop_counter
+from peft_greentrainer.rows import first_rows
 from peft_greentrainer.values import candidates
 
 
@@ -466,3 +469,147 @@ def test_single_rows_of_an_embedding_are_not_trained(indices):
     with pytest.raises(ValueError, match=r"trainable_token_indices.*modules_to_save=\["):
         model.add_adapter("second", config)
     assert same(picture(model), before)
+
+
+# Rows of a batch
+
+
+class Patches(nn.Module):
+    """Tokens, and the patches of all images in one tensor: as many for each as its grid says."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.patch, self.head = nn.Embedding(9, 8), nn.Linear(6, 8), nn.Linear(8, 9)
+        self.rows = []
+
+    def forward(self, pixel_values=None, grid=None, input_ids=None, labels=None, **others):
+        self.rows.append(len(input_ids))
+        hidden = self.embed(input_ids)
+        if pixel_values is not None:
+            if isinstance(pixel_values, (list, tuple)):
+                pixel_values = torch.cat(list(pixel_values))
+            images = self.patch(pixel_values).split(grid.prod(1).tolist())
+            hidden = hidden + torch.stack([image.mean(0) for image in images])[:, None]
+        logits = self.head(hidden)
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def patches_batch(rows=4):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 9, (rows, 5), generator=generator)
+    grid = torch.tensor([[1, 2, 2]] * rows)
+    return {
+        "pixel_values": torch.randn(4 * rows, 6, generator=generator),
+        "grid": grid,
+        "input_ids": ids,
+        "labels": ids,
+    }
+
+
+def train_on(batch, **options):
+    base = Patches()
+    model = get_peft_model(base, GreenTrainerConfig(rho=1.0, **options))
+    loop = Loop(model)
+    for _ in range(3):
+        loop.step(batch=batch)
+    return base, loop
+
+
+def test_patches_of_images_are_not_cut_and_it_is_said_what_to_do():
+    batch = patches_batch()
+    for order in (batch, dict(reversed(batch.items()))):
+        with pytest.raises(ValueError, match=r"pixel_values of shape \(16, 6\).*probe_batch_size=None"):
+            train_on(order, probe_batch_size=2)
+        assert train_on(order)[1].selection.ratio <= 1.0
+    texts = {name: batch[name] for name in ("input_ids", "labels")}
+    base, loop = train_on(texts, probe_batch_size=2)
+    assert base.rows.count(2) == 1 and loop.selection is not None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name"),
+    [
+        ({"position_ids": torch.zeros(3, 4, 5)}, r"position_ids of shape \(3, 4, 5\)"),
+        ({"cu_seq_lens": torch.zeros(7)}, r"cu_seq_lens of shape \(7,\)"),
+        ({"extra": {"patches": torch.zeros(9, 2)}}, r"extra\['patches'\] of shape \(9, 2\)"),
+        ({"images": [torch.zeros(2, 3), torch.zeros(5, 3)]}, "images, 2 entries with tensors"),
+        ({"images": [torch.zeros(1, 3)] * 5}, "images, 5 entries with tensors"),
+        ({"states": (torch.zeros(4, 3),) * 4}, "states, 4 entries with tensors"),
+        ({"past_key_values": DynamicCache()}, "past_key_values, a DynamicCache"),
+        ({"images": np.zeros((4, 3))}, "images, a ndarray"),
+        ({"pixel_values": torch.zeros(9, 3), "grid": torch.zeros(2, 3)}, r"pixel_values.*, grid of shape \(2, 3\)"),
+    ],
+    ids=str,
+)
+def test_inputs_without_rows_are_refused_by_name(inputs, name):
+    ids = torch.zeros(4, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match=rf"batch of 4 .*{name}.*probe_batch_size=None"):
+        first_rows((), inputs | {"input_ids": ids}, 2)
+
+
+def test_position_ids_in_three_parts_are_refused_also_where_there_are_three_rows():
+    batch = {"input_ids": torch.zeros(3, 5), "position_ids": torch.zeros(3, 3, 5)}
+    with pytest.raises(ValueError, match="position_ids.*probe_batch_size=None"):
+        first_rows((), batch, 2)
+
+
+def test_inputs_with_rows_are_cut_and_others_stay():
+    rows = torch.arange(20).reshape(4, 5)
+    whole = {"position_ids": rows[:1], "scale": torch.tensor(3.0), "use_cache": False, "kind": "text", "none": None}
+    whole |= {"layers": [1, 2], "dtype": torch.float32, "loss": nn.functional.mse_loss, "sizes": {"height": 3}}
+    args, kwargs = first_rows((rows, 3), whole | {"mask": rows, "names": ["a", "b", "c", "d"]}, 2)
+    assert torch.equal(args[0], rows[:2]) and args[1] == 3
+    assert torch.equal(kwargs.pop("mask"), rows[:2]) and kwargs.pop("names") == ["a", "b"]
+    assert list(kwargs) == list(whole) and all(kwargs[name] is whole[name] for name in list(whole)[:5])
+    assert kwargs["layers"] == [1, 2] and kwargs["sizes"] == {"height": 3}
+
+
+def test_nested_inputs_are_cut():
+    rows = torch.arange(20).reshape(4, 5)
+    images = [torch.zeros(n, 3) for n in (2, 7, 3, 5)]
+    inner = {"input_ids": rows, "targets": [{"boxes": torch.zeros(n, 4)} for n in (1, 2, 3, 0)]}
+    args, kwargs = first_rows((inner,), {"images": images, "states": (rows, rows, rows[:1])}, 3)
+    assert torch.equal(args[0]["input_ids"], rows[:3]) and args[0]["targets"] == inner["targets"][:3]
+    assert len(inner["input_ids"]) == 4  # what the step itself gets
+    assert kwargs["images"] == images[:3]
+    assert [len(state) for state in kwargs["states"]] == [3, 3, 1]
+    encoding, _ = first_rows((BatchEncoding({"input_ids": rows}),), {}, 2)
+    assert isinstance(encoding[0], BatchEncoding) and torch.equal(encoding[0].input_ids, rows[:2])
+
+
+@pytest.mark.parametrize("rows", [4, 9])
+def test_a_batch_with_no_more_rows_is_measured_whole(rows):
+    batch = {"input_ids": torch.zeros(4, 5), "mask": torch.zeros(4, 1, 1, 5), "position_ids": torch.zeros(1, 5)}
+    _, kwargs = first_rows((), batch, rows)
+    assert all(torch.equal(kwargs[name], batch[name]) for name in batch)
+
+
+@pytest.mark.parametrize("budget", ["flops", "seconds"])
+def test_an_error_in_a_pass_on_some_rows_tells_what_to_do(budget):
+    batch = patches_batch()
+    # As many patches as rows, so that they look like one for each row; but the first image has two.
+    batch["pixel_values"], batch["grid"] = (
+        torch.randn(4, 6),
+        torch.tensor([[1, 1, 2], [1, 1, 1], [1, 1, 1], [0, 0, 0]]),
+    )
+    batch["grid"][3] = torch.tensor([0, 1, 1])
+    model = get_peft_model(Patches(), GreenTrainerConfig(probe_batch_size=2, budget=budget))
+    model.base_model.update_and_allocate(0, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match="RuntimeError.*probe_batch_size=None") as told:
+        model(**batch)
+    assert isinstance(told.value.__cause__, RuntimeError)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "greentrainer_values" not in name)
+
+
+def test_running_out_of_memory_in_such_a_pass_stays_what_it_is():
+    class Hungry(Patches):
+        def forward(self, **inputs):
+            if len(inputs["input_ids"]) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().forward(**inputs)
+
+    model = get_peft_model(Hungry(), GreenTrainerConfig(probe_batch_size=2))
+    model.base_model.update_and_allocate(0, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory.$"):
+        model(**{name: patches_batch()[name] for name in ("input_ids", "labels")})
