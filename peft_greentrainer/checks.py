@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -33,6 +33,18 @@ def refuse_wrapped_heads(model: nn.Module, config: GreenTrainerConfig) -> None:
                 f"modules_to_save names {key}, whose tensors are candidates of an earlier adapter. Add the adapter with "
                 "modules_to_save first, or give the earlier one exclude_modules."
             )
+
+
+def refuse_replaced(candidates: Iterable[str], wrappers: Mapping[str, GreenTrainerLayer]) -> None:
+    """Raise `ValueError` if a module of a candidate is none of the wrappers, which it was when the adapter was added."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in candidates)
+    replaced = [module for module in modules if module not in wrappers]
+    if replaced:
+        raise ValueError(
+            f"{', '.join(replaced[:3])}: another module was put in place of one that an adapter had wrapped, and what was "
+            "trained of that one is lost. Change the base model before you call get_peft_model or add_adapter; if something "
+            "was trained already, call merge_and_unload first."
+        )
 
 
 def tell_of_quantized(model: nn.Module, candidates: Iterable[str]) -> None:

@@ -613,3 +613,32 @@ def test_running_out_of_memory_in_such_a_pass_stays_what_it_is():
     model.base_model.update_and_allocate(0, torch.optim.AdamW(model.parameters()))
     with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory.$"):
         model(**{name: patches_batch()[name] for name in ("input_ids", "labels")})
+
+
+# What does not fit any more
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.embed_tokens", "model.norm", "model.layers.1.mlp"])
+def test_a_module_that_was_put_in_place_of_a_wrapped_one_is_named(part):
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.9, reselect=1))
+    loop = Loop(model).run(2)
+    parent, _, name = part.rpartition(".")
+    setattr(model.get_base_model().get_submodule(parent), name, make_model("llama").get_submodule(part))
+    with pytest.raises(ValueError, match=f"{part}.*before.*get_peft_model"):
+        loop.run(3)
+
+
+def test_a_file_that_an_adapter_has_no_place_for_is_an_adapter_of_its_own(tmp_path):
+    trained = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=1.0))
+    Loop(trained).run(3)
+    trained.save_pretrained(tmp_path)
+    base = make_model("llama")
+    freeze(base, "layers.0.")
+    with pytest.warns(UserWarning, match="layers"):
+        model = get_peft_model(base, GreenTrainerConfig())
+    with pytest.raises(ValueError, match="no place for.*layers.0.*another name"):
+        model.load_adapter(tmp_path, "default")
+    model.load_adapter(tmp_path, "another")
+    model.set_adapter("another")
+    batch = make_batch("llama")
+    assert torch.equal(model.eval()(**batch).logits, trained.eval()(**batch).logits)
