@@ -74,13 +74,15 @@ def note_frozen(model: nn.Module, config: GreenTrainerConfig, configs: Iterable[
             config.frozen = next(filter(None, (getattr(other, "frozen", None) for other in configs)), None)
         else:
             config.frozen = _frozen(model)
+    if not config.frozen:
+        return
     without = copy.copy(config)
     without.frozen = None
     named = dict.fromkeys(name for _, _, name in uses(plan_wrappers(without, model)))
-    frozen = [name for name in named if name in set(config.frozen or ())]
-    kinds = ", ".join(dict.fromkeys(map(kind_of, frozen)))
+    frozen = [name for name in config.frozen if name in named]
     if not frozen:
         return
+    kinds = ", ".join(dict.fromkeys(map(kind_of, frozen)))
     before = f"{len(frozen)} tensors did not require grad before the model was wrapped"
     if config.target_modules is not None:
         message = (

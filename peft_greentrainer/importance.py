@@ -2,7 +2,7 @@
 
     >>> update_rule(torch.optim.AdamW(parameters))
     'adam'
-    >>> importance(grad, "adam", lr=1e-3)             # grad: any shape -> a float64 scalar tensor
+    >>> importance(grad, "adam", lr=1e-3)             # grad: any shape -> a float32 scalar tensor
     tensor(0.0421)
 
 To first order an update `dW` changes the loss by `sum(dW * dL/dW)`; its negative is the importance of the tensor (the
@@ -44,7 +44,7 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def importance(grad: Tensor, rule: UpdateRule, lr: float) -> Tensor:
+def importance(grad: Tensor, rule: UpdateRule, lr: float, dtype: torch.dtype | None = None) -> Tensor:
     """The predicted drop of the loss from the first update of a tensor with this gradient.
 
         >>> importance(torch.tensor([3.0, -4.0]), "adam", lr=0.1)     # lr * sum(|g|)
@@ -56,9 +56,10 @@ def importance(grad: Tensor, rule: UpdateRule, lr: float) -> Tensor:
         grad: the gradient, of any shape and floating-point type. It is read once and not copied.
         rule: see `update_rule`.
         lr: learning rate of the tensor's parameter group.
+        dtype: the type of the result; default: float32, or that of the gradient where it is wider.
 
     Returns:
-        A scalar of the `sum_type` of the gradient's device. It is not finite where the gradient is not.
+        A scalar on the gradient's device. It is not finite where the gradient is not.
     """
     if grad.is_sparse:  # the rows of an nn.Embedding(sparse=True) that the batch used
         grad = grad.coalesce().values()
@@ -68,7 +69,7 @@ def importance(grad: Tensor, rule: UpdateRule, lr: float) -> Tensor:
     length = max(1, PIECE * grad.shape[dim] // max(1, grad.numel()))
     power = 2 if rule == "sgd" else 1
     norms = [torch.linalg.vector_norm(p, power, dtype=sum_type(grad.device)) for p in grad.split(length, dim)]
-    return lr * sum(norm**power for norm in norms)
+    return (lr * sum(norm**power for norm in norms)).to(dtype or torch.promote_types(grad.dtype, torch.float32))
 
 
 def sum_type(device: torch.device) -> torch.dtype:

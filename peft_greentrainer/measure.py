@@ -60,7 +60,7 @@ class SameBatch:
         self.rates = rates
 
     def __call__(self, name: str, grad: Tensor) -> dict[str, Tensor]:
-        return {name: importance(grad, self.rule, self.rates.get(name, 1.0))}
+        return {name: importance(grad, self.rule, self.rates.get(name, 1.0), sum_type(grad.device))}
 
     def reset(self) -> None:
         pass
