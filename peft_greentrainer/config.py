@@ -35,7 +35,8 @@ class GreenTrainerConfig(PeftConfig):
             Over how many batches (forward and backward passes) the importance of a tensor is averaged.
         probe_batch_size (`int`, *optional*):
             Measure on the first rows of a batch only, in a pass of its own before the step. For those who can afford
-            the memory of the budgeted step but not of a full one.
+            the memory of the budgeted step but not of a full one. Inputs whose rows do not correspond to those of the
+            batch, such as the patches of all its images, are refused.
         low_rank (`Union[int, str]`):
             Offer every linear tensor in two forms, of which one is selected at most: whole, or as a low-rank update of
             this rank, as in LoRA. `"only"`: linear tensors as low-rank updates only, of the rank `r`, and those that are
@@ -48,7 +49,8 @@ class GreenTrainerConfig(PeftConfig):
             The rank for `low_rank="only"`.
         target_modules (`Union[list[str], str]`, *optional*):
             The modules whose tensors may be trained: a list of names or a regular expression. Default: every module
-            that owns floating-point parameters.
+            that owns floating-point parameters, without the tensors that did not require grad before the model was
+            wrapped, unless none did.
         exclude_modules (`Union[list[str], str]`, *optional*):
             The modules whose tensors may not be trained. They still count in the cost of full fine-tuning.
         layers_to_transform (`Union[list[int], int]`, *optional*):
@@ -57,11 +59,13 @@ class GreenTrainerConfig(PeftConfig):
             The name of the list of layers that `layers_to_transform` counts in, such as `"layers"` or `"h"`.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained and saved in any case, such as a new head. They count in the budget.
+        trainable_token_indices:
+            None: single rows of an embedding are not trained. trl's trainers look for it, where a chat template adds tokens.
         init_weights (`bool`):
             Whether trained values start at the base tensors. `False` moves them a little, for tests only.
-        format_version, tensors, selected, provisional, spent:
-            Kept by the adapter: which tensors have a trained value, with a fingerprint of the base tensor each, which
-            are being trained, and what the training has cost.
+        format_version, frozen, tensors, selected, provisional, spent:
+            Kept by the adapter: which tensors did not require grad before the model was wrapped, which have a trained
+            value, with a fingerprint of the base tensor each, which are being trained, and what the training has cost.
     """
 
     rho: float = field(
@@ -125,7 +129,8 @@ class GreenTrainerConfig(PeftConfig):
         metadata={
             "help": (
                 "The modules whose tensors may be trained: a list of module names or a regular expression. Default: "
-                "every module that owns floating-point parameters."
+                "every module that owns floating-point parameters, without the tensors that did not require grad before "
+                "the model was wrapped, unless none did."
             )
         },
     )
@@ -161,6 +166,15 @@ class GreenTrainerConfig(PeftConfig):
             "help": ("Modules that are trained and saved in any case, such as a new head. They count in the budget.")
         },
     )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None,
+        metadata={
+            "help": (
+                "None: single rows of an embedding are not trained; put the embedding into modules_to_save. trl's trainers "
+                "look for it, where a chat template adds tokens."
+            )
+        },
+    )
     init_weights: bool = field(
         default=True,
         metadata={
@@ -169,6 +183,12 @@ class GreenTrainerConfig(PeftConfig):
     )
     format_version: int = field(
         default=FORMAT_VERSION, metadata={"help": "Layout of the saved file. Kept by the adapter."}
+    )
+    frozen: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "The tensors that did not require grad before the model was first wrapped. Kept by the adapter."
+        },
     )
     tensors: Optional[dict[str, Any]] = field(
         default=None,
@@ -195,9 +215,20 @@ class GreenTrainerConfig(PeftConfig):
     def take_for_a_model(self) -> None:
         """Forget what belongs to the model that this config was used for before, if it was."""
         if hasattr(self, "_taken"):
-            self.tensors = self.selected = self.spent = None
+            self.frozen = self.tensors = self.selected = self.spent = None
             self.provisional = False
         self._taken = True
+
+    def refuse_single_rows(self) -> None:
+        """Raise `ValueError` if rows of an embedding are to be trained; trl sets that after the config was made."""
+        if self.trainable_token_indices is not None:
+            raise ValueError(
+                "trainable_token_indices would train single rows of an embedding, and GreenTrainer trains whole tensors: set "
+                "it to None, and train embedding and head as they are with modules_to_save=['embed_tokens', 'lm_head'], by "
+                "the names that they have in your model. If it was set by a trainer of trl, since a chat template adds "
+                "tokens: call trl.clone_chat_template(model, tokenizer, path) yourself, give the trainer the model and the "
+                "tokenizer that it returns, and no chat_template_path."
+            )
 
     def loaded_again(self) -> bool:
         """Whether values are loaded into this adapter for a second time, as for going on from a checkpoint."""
@@ -225,6 +256,7 @@ class GreenTrainerConfig(PeftConfig):
         _check("low_rank", self.low_rank, low_rank, "a rank from 1, 'only', or 0 for whole tensors only")
         _check("low_rank_lr", self.low_rank_lr, _is_number(self.low_rank_lr) and self.low_rank_lr > 0, "positive")
         _check("r", self.r, _is_count(self.r), "a rank from 1")
+        self.refuse_single_rows()
         if self.low_rank and self.budget == "seconds":
             raise ValueError(
                 "What a low-rank form would take is known in FLOPs only: set budget='flops', or low_rank=0."

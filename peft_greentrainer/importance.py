@@ -20,6 +20,9 @@ from torch import Tensor
 
 UpdateRule = Literal["adam", "sgd"]
 
+# So many entries are read at a time: they are converted to float64, and no copy of the gradient is made.
+PIECE = 2**20
+
 
 def update_rule(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """The rule by which importance is computed for this optimizer: `"sgd"` for SGD, `"adam"` for every other.
@@ -41,7 +44,7 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def importance(grad: Tensor, rule: UpdateRule, lr: float) -> Tensor:
+def importance(grad: Tensor, rule: UpdateRule, lr: float, dtype: torch.dtype | None = None) -> Tensor:
     """The predicted drop of the loss from the first update of a tensor with this gradient.
 
         >>> importance(torch.tensor([3.0, -4.0]), "adam", lr=0.1)     # lr * sum(|g|)
@@ -53,12 +56,25 @@ def importance(grad: Tensor, rule: UpdateRule, lr: float) -> Tensor:
         grad: the gradient, of any shape and floating-point type. It is read once and not copied.
         rule: see `update_rule`.
         lr: learning rate of the tensor's parameter group.
+        dtype: the type of the result; default: float32, or that of the gradient where it is wider.
 
     Returns:
-        A float32 scalar on the gradient's device. It is not finite where the gradient is not.
+        A scalar on the gradient's device. It is not finite where the gradient is not.
     """
     if grad.is_sparse:  # the rows of an nn.Embedding(sparse=True) that the batch used
         grad = grad.coalesce().values()
-    if rule == "sgd":
-        return lr * torch.linalg.vector_norm(grad, 2, dtype=torch.float32) ** 2
-    return lr * torch.linalg.vector_norm(grad, 1, dtype=torch.float32)
+    grad = torch.atleast_1d(grad)
+    # Along the dimension in which entries lie furthest apart, so that a piece lies together.
+    dim = max(range(grad.dim()), key=grad.stride)
+    length = max(1, PIECE * grad.shape[dim] // max(1, grad.numel()))
+    power = 2 if rule == "sgd" else 1
+    norms = [torch.linalg.vector_norm(p, power, dtype=sum_type(grad.device)) for p in grad.split(length, dim)]
+    return (lr * sum(norm**power for norm in norms)).to(dtype or torch.promote_types(grad.dtype, torch.float32))
+
+
+def sum_type(device: torch.device) -> torch.dtype:
+    """The type in which sums over a gradient are taken: float64, where the device has it.
+
+    In float32 a sum over millions of entries is off by a percent, and squares of entries under 1e-22 are lost.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .forms import candidate_of, tensor_of
-from .importance import UpdateRule, importance
+from .importance import UpdateRule, importance, sum_type
 
 
 # So many evenly spread entries of a tensor stand for it, or what is kept between batches would be as large as the model.
@@ -34,7 +34,7 @@ SAMPLE = 2**15
 
 
 class Measure(Protocol):
-    """Gives the importance of candidates by the gradient of a parameter, float32 scalars by name."""
+    """Gives the importance of candidates by the gradient of a parameter, scalars of the `sum_type` by name."""
 
     def __call__(self, name: str, grad: Tensor) -> dict[str, Tensor]: ...
 
@@ -60,7 +60,7 @@ class SameBatch:
         self.rates = rates
 
     def __call__(self, name: str, grad: Tensor) -> dict[str, Tensor]:
-        return {name: importance(grad, self.rule, self.rates.get(name, 1.0))}
+        return {name: importance(grad, self.rule, self.rates.get(name, 1.0), sum_type(grad.device))}
 
     def reset(self) -> None:
         pass
@@ -99,7 +99,7 @@ class CrossBatch:
     def _judged(self, name: str, grad: Tensor) -> Tensor:
         entries = grad.reshape(-1)
         at = torch.linspace(0, len(entries) - 1, SAMPLE, dtype=torch.float64, device=grad.device).long()
-        sample = (entries if len(entries) <= SAMPLE else entries[at]).float()
+        sample = (entries if len(entries) <= SAMPLE else entries[at]).to(sum_type(grad.device))
         update = self._updates.get(name)
         self._updates[name] = sample.sign().to(torch.int8) if self.rule == "adam" else sample.to(torch.bfloat16)
         if update is None:

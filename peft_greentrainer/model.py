@@ -15,7 +15,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from .checks import refuse_offloaded, refuse_wrapped_heads, tell_of_left_out, tell_of_quantized
+from .checks import note_frozen, refuse_offloaded, refuse_wrapped_heads, tell_of_left_out, tell_of_quantized
 from .config import GreenTrainerConfig
 from .delta import (
     ELSEWHERE,
@@ -33,6 +33,7 @@ from .layer import GreenTrainerLayer
 from .linear import GreenTrainerLinear, wrap
 from .low_rank_update import LowRankForm
 from .provisional import provisional_selection
+from .resizing import allow_resizing, refuse_resizing
 from .shared_tensors import stop_reading
 from .targets import TASK_HEADS, left_out, matches, plan_wrappers, readers
 from .values import (
@@ -125,6 +126,7 @@ class GreenTrainerModel(BaseTuner):
         if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
             # Another adapter of the same tensors: trl copies one so, value by value.
             self.peft_config[adapter_name] = config = dataclasses.replace(config, spent=None)
+        config.refuse_single_rows()
         config.take_for_a_model()
         if state_dict is not None:
             modules = {base_name(key) for key, _ in model.named_modules()}
@@ -136,6 +138,7 @@ class GreenTrainerModel(BaseTuner):
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         for holder, name, owner, owned in self._readers:
             model.get_submodule(owner).let_read(owned, holder, name)
+        refuse_resizing(model)
 
     def _prepare_adapter_config(self, peft_config: GreenTrainerConfig, model_config: dict) -> GreenTrainerConfig:
         heads = TASK_HEADS.get(peft_config.task_type, ())
@@ -145,6 +148,8 @@ class GreenTrainerModel(BaseTuner):
         return _maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config: GreenTrainerConfig, model: nn.Module) -> None:
+        if peft_config.tensors is None:
+            note_frozen(model, peft_config, self.peft_config.values())
         self._plan = plan_wrappers(peft_config, model)
         self._readers = list(readers(model, self._plan))
         self._holders = _holders(model)
@@ -241,10 +246,11 @@ class GreenTrainerModel(BaseTuner):
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
             warn_if_never_selected(self.model, adapter_name)
-        unloaded = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
-        for module in unloaded.modules():
+        base = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        for module in base.modules():
             stop_reading(module)
-        return unloaded
+        allow_resizing(base)
+        return base
 
     def _refuse_broken(self, adapter_names: Optional[list[str]]) -> None:
         for layer in layers(self.model).values():

@@ -32,6 +32,7 @@ from .low_rank_cost import LowRank, NoticeLowRank
 from .measure import Measure
 from .passes import free_gradient, loss_of, record
 from .recorder import CostRecorder, tensors_in
+from .rows import first_rows, say_of_rows
 from .seconds import PASSES, TimedRecorder, timed
 
 
@@ -73,7 +74,7 @@ class Probe:
         self.forms = forms
         self.recorder = CostRecorder(forms, self._measured)
         self._timed: TimedRecorder | None = None
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | float] = {}
         self._armed = ExitStack()
         self._opened = ExitStack()
         self._recording = ExitStack()
@@ -132,7 +133,7 @@ class Probe:
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far, as JSON."""
-        sums = {name: total.item() for name, total in self._sums.items()}
+        sums = {name: float(total) for name, total in self._sums.items()}
         kept, recorded = self.measure.state_dict(), self.recorder.state_dict()
         return {"passes": self.passes, "sums": sums, "measure": kept, "recorder": recorded}
 
@@ -140,7 +141,7 @@ class Probe:
         """Go on from what was measured; but what was timed is timed again, from the start."""
         if self.time_with is None:
             self.passes = state["passes"]
-            self._sums = {name: torch.tensor(total) for name, total in state["sums"].items()}
+            self._sums = dict(state["sums"])  # a number and a tensor add up in the type of the tensor
             self.measure.load_state_dict(state["measure"])
             self.recorder.load_state_dict(state["recorder"])
 
@@ -150,7 +151,7 @@ class Probe:
 
     def importances(self) -> dict[str, float]:
         """The mean importance of each candidate over the passes so far."""
-        return {name: total.item() / self.passes for name, total in self._sums.items()}
+        return {name: float(total) / self.passes for name, total in self._sums.items()}
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not self.complete and not self._in_own_pass:  # not an evaluation, say
@@ -236,6 +237,10 @@ class Probe:
         if self.complete or self._in_own_pass or not torch.is_grad_enabled():
             return
         args, kwargs = first_rows(args, kwargs, self.batch_size)
+        with say_of_rows(self.batch_size):
+            self._measure_on(module, args, kwargs)
+
+    def _measure_on(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._time(module, args, kwargs)
         self._in_own_pass = True
         try:
@@ -292,23 +297,3 @@ def _scalar_of(output: Any) -> Tensor:
 
 def _tensors(output: Any) -> list[Tensor]:
     return tensors_in(output.values() if isinstance(output, Mapping) else (output,))
-
-
-def first_rows(args: tuple, kwargs: dict[str, Any], rows: int) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a model for the first rows of a batch only.
-
-    >>> first_rows((), {"input_ids": torch.zeros(4, 9), "position_ids": torch.zeros(1, 9)}, 2)[1]["input_ids"].shape
-    torch.Size([2, 9])
-
-    The first tensor tells how many rows the batch has; tensors whose first dimension is another stay whole.
-    """
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0]
-    if not tensors:
-        raise ValueError("probe_batch_size needs a model that takes tensors; set it to None.")
-    batch_size = len(tensors[0])
-
-    def cut(value: Any) -> Any:
-        of_batch = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size
-        return value[:rows] if of_batch else value
-
-    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}

@@ -43,7 +43,7 @@ def plan_wrappers(config: GreenTrainerConfig, model: nn.Module) -> WrapperPlan:
     """Which modules to wrap: for each, the candidate tensors that it owns and those that it reads from another owner.
 
     A tensor that several modules share belongs to the first of them. It is a candidate if any of them is targeted and
-    none is excluded.
+    none is excluded. What was frozen before the model was wrapped is one only where `target_modules` names it.
     """
     owners = _owners(model)
     _check_patterns(config, model, [*owners, *_names_of_saved(model)])
@@ -60,14 +60,22 @@ def plan_wrappers(config: GreenTrainerConfig, model: nn.Module) -> WrapperPlan:
         for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
             if can_be_trained(tensor) and id(tensor) not in saved and tensor_of(name) == name:
                 uses[id(tensor)].append((key, name, tensor))
-    plan: WrapperPlan = defaultdict(lambda: ({}, {}))
+    chosen = []
     for shared in uses.values():
         targeted = any(matches(config, key) for key, _, _ in shared)
         if targeted and all(matches(excluded, key) for key, _, _ in shared):
-            (owner, owned, tensor), *readers = shared
-            plan[owner][0][owned] = tensor
-            for key, name, _ in readers:
-                plan[key][1][name] = (owner, owned)
+            chosen.append(shared)
+    if config.target_modules is None and (frozen := set(config.frozen or ())):
+        names = [{base_name(f"{key}.{name}") for key, name, _ in shared} for shared in chosen]
+        # Were all of them frozen, it was not to keep them from being trained here; nor are those that a file changes.
+        if any(map(frozen.isdisjoint, names)):
+            frozen.difference_update(config.tensors or ())
+            chosen = [shared for shared, of_tensor in zip(chosen, names) if frozen.isdisjoint(of_tensor)]
+    plan: WrapperPlan = defaultdict(lambda: ({}, {}))
+    for (owner, owned, tensor), *readers in chosen:
+        plan[owner][0][owned] = tensor
+        for key, name, _ in readers:
+            plan[key][1][name] = (owner, owned)
     return dict(plan)
 
 

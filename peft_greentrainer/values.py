@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .checks import refuse_replaced
 from .config import GreenTrainerConfig
 from .delta import base_name, fingerprint
 from .forms import is_low_rank, low_rank_form
@@ -100,9 +101,11 @@ def set_values(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> N
     if not tensors <= found.keys():
         raise ValueError(
             f"The adapter '{adapter_name}' has no place for {sorted(tensors - found.keys())[:3]}: was it made for this "
-            "model, with these target_modules?"
+            "model, with these target_modules, and with the same parts frozen before? A saved adapter brings its own with "
+            "it: load it under another name, or with PeftModel.from_pretrained onto a base without adapters."
         )
     wrappers = layers(model)
+    refuse_replaced(found, wrappers)
     for key, layer in wrappers.items():
         for name in layer.candidates_with_values(adapter_name):
             if f"{key}.{name}" not in tensors:
