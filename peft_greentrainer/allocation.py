@@ -42,6 +42,13 @@ from .trainable import can_be_trained
 from .values import candidates, layers, set_selection, set_trainable, set_values
 
 
+NOT_SEEN = (
+    "A step was to be a probe, and no forward and backward pass of the model was seen in it that gives its parameters a "
+    "gradient, so nothing was measured; the next step is a probe again. Compute the loss with gradients on, from a call of the "
+    "model (of the model itself, with probe_batch_size), and call loss.backward() before update_and_allocate."
+)
+
+
 def allocator_of(model: nn.Module) -> Allocator:
     """The allocator of a base model that has GreenTrainer layers."""
     if not hasattr(model, "_greentrainer_allocator"):
@@ -69,7 +76,7 @@ class Allocator:
         self._probe: Probe | None = None
         self._last: int | None = None
         self._measured: list[dict[str, Any]] | None = None  # what each rank's probe has so far
-        self._passes_before = 0
+        self._turns_before = 0
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict:
@@ -115,7 +122,7 @@ class Allocator:
         if state["probe"] is not None:
             self._arm(optimizer)
             self._probe.load_state_dict(of_this_rank(state["probe"]))
-            self._passes_before = self._probe.passes
+            self._turns_before = self._probe.turns
         rebuild_reducers(self.model)
 
     def update(self, step: int, optimizer: torch.optim.Optimizer, epoch: int | None = None) -> None:
@@ -134,12 +141,10 @@ class Allocator:
                 )
             now = epoch
 
-        if self._probe is not None and self._probe.passes == self._passes_before:
-            self._probe.close()
-            self._warn_once(
-                "A step was to be a probe, and no forward and backward pass of the model was seen in it, so nothing was "
-                "measured; the next step is a probe again. Call the model itself, not a part of it, and then loss.backward()."
-            )
+        if self._probe is not None:
+            self._probe.end_turn()
+            if self._probe.turns == self._turns_before:
+                self._warn_once(NOT_SEEN)
         if self._probe is not None and (self._probe.complete or self._nothing_to_choose(adapter_name, config)):
             measured, self._probe = self._probe, None
             if self._select(measured, adapter_name, config, optimizer):
@@ -152,10 +157,15 @@ class Allocator:
             self._arm(optimizer)
         self._measured = None
         if self._probe is not None:
-            self._passes_before = self._probe.passes
+            self._turns_before = self._probe.turns
             self._measured = of_all_ranks(self._probe.state_dict())
         spent = config.spent or {"steps": 0, "full_steps": 0.0}
         config.spent = {"steps": spent["steps"] + 1, "full_steps": spent["full_steps"] + cost}
+
+    def end_micro_batch(self) -> None:
+        """Call it between the micro-batches of a step where these are known: costs are then those of one of them."""
+        if self._probe is not None:
+            self._probe.end_turn()
 
     def end(self) -> None:
         """Call off a probe that no further step will complete."""
@@ -224,7 +234,7 @@ class Allocator:
             **extra,
         )
         self._probe.arm()
-        self._passes_before = 0
+        self._turns_before = 0
 
     def _select(
         self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, optimizer: torch.optim.Optimizer

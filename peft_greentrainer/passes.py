@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .low_rank_cost import NoticeLowRank
+from .outputs import loss_in
 from .recorder import CostRecorder
 
 
@@ -47,8 +48,8 @@ def record(
 
 
 def loss_of(output: Any) -> Tensor:
-    """The `.loss` of a model's output."""
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    """The loss in a model's output, at any depth."""
+    loss = loss_in(output)
     if loss is None:
         raise ValueError(
             "The batch gives no loss: the model's output has no `.loss`. Put `labels` into the batch, or pass `loss_fn`."
