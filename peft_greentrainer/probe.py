@@ -142,20 +142,32 @@ class Probe:
         return [name for name, p in self.parameters.items() if p.requires_grad and not self._watch.only_measures(p)]
 
     def reached(self) -> set[str]:
-        """The candidates, and other tensors, that got a gradient so far."""
-        return set(self.recorder.needed_by)
+        """The candidates, and other tensors, that got a gradient so far and have a cost."""
+        return set((self._timed or self.recorder).needed_by)
+
+    def go_on(self) -> None:
+        """Measure the next step too; what was timed is timed anew, in passes like that step's."""
+        self.batches = self.passes + 1
+        self._timed = None
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far, as JSON."""
         sums = {name: total.item() for name, total in self._sums.items()}
-        kept, recorded = self.measure.state_dict(), self.recorder.state_dict()
-        return {"passes": self.passes, "turns": self.turns, "sums": sums, "measure": kept, "recorder": recorded}
+        return {
+            "batches": self.batches,
+            "passes": self.passes,
+            "turns": self.turns,
+            "sums": sums,
+            "measure": self.measure.state_dict(),
+            "recorder": self.recorder.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what was measured; but what was timed is timed again, from the start."""
         if self.time_with is None:
             self.passes = self._passes_before = state["passes"]
-            self.turns = state.get("turns", self.passes)  # of which earlier versions kept none
+            # Earlier versions kept neither.
+            self.turns, self.batches = state.get("turns", self.passes), state.get("batches", self.batches)
             self._sums = {name: torch.tensor(total) for name, total in state["sums"].items()}
             self.measure.load_state_dict(state["measure"])
             self.recorder.load_state_dict(state["recorder"])
