@@ -42,16 +42,26 @@ class OpenWatches(weakref.WeakSet):
         self,
         tensors: Any,
         grad_tensors: Any = None,
-        retain_graph: Any = None,
+        retain_graph: bool | None = None,
         create_graph: bool = False,
-        *args,
-        **kwargs,
+        grad_variables: Any = None,
+        inputs: Any = None,
     ) -> None:
         keeps = create_graph if retain_graph is None else retain_graph
+        asked = None if inputs is None else _listed(inputs)
+        others = []
         with ExitStack() as passes:
             for watch in list(self):
-                passes.enter_context(watch.backward_pass(_listed(tensors), keeps, create_graph))
-            self._backward(tensors, grad_tensors, retain_graph, create_graph, *args, **kwargs)
+                recorded = watch.backward_pass(_listed(tensors), keeps, create_graph, asked)
+                others += passes.enter_context(recorded)
+            self._backward(
+                tensors,
+                grad_tensors,
+                retain_graph,
+                create_graph,
+                grad_variables,
+                None if inputs is None else [*asked, *others],
+            )
 
     def _recorded_grad(self, outputs: Any, inputs: Any, *args, **kwargs) -> Any:
         with ExitStack() as passes:

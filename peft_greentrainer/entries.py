@@ -1,7 +1,7 @@
 """Notices whoever enters a model: by a call of it, of one of its parts, of one of its methods, or of what holds it.
 
-    >>> entries = Entries(model, around(model, nn.Module), entered=print, left=print)
-    >>> entries.install()
+    >>> entries = Entries(model, entered=print, left=print)
+    >>> entries.install(holders=around(model, nn.Module))
     >>> model.compute_loss(batch)                     # a method that calls parts of the model
     >>> entries.remove()
 
@@ -63,30 +63,30 @@ class Entries:
 
     Args:
         model: the model. Its parts count, and its methods.
-        holders: the modules that hold it; their methods count too.
-        entered: is called when a module is called, before it runs, and when a method computes with a frozen parameter.
-        left: is called with an entry and its output, None after an exception, before the entry is taken away.
+        entered: is called with them when a module is called, before it runs, and when a method computes with a frozen
+            parameter.
+        left: is called with them, and with what the last of them returns, None after an exception.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        holders: Iterable[nn.Module],
-        entered: Callable[[], None],
-        left: Callable[[Entry, Any], None],
+        entered: Callable[[list[Entry]], None],
+        left: Callable[[list[Entry], Any], None] = lambda running, output: None,
     ) -> None:
         self.model = model
-        self.holders = [h for h in holders if h is not model and not type(h).__module__.startswith(ONLY_PASS_ON)]
         self.running: list[Entry] = []
-        self.entered, self._left = entered, left
+        self._entered, self._left = entered, left
         self._installed = ExitStack()
 
-    def install(self) -> None:
-        for module in {*self.model.modules(), *self.holders}:
+    def install(self, holders: Iterable[nn.Module]) -> None:
+        """Notice calls from now on, also of the modules that hold the model, and of their methods."""
+        holders = [h for h in holders if h is not self.model and not type(h).__module__.startswith(ONLY_PASS_ON)]
+        for module in {*self.model.modules(), *holders}:
             before, after = ModuleHook(self._before), ModuleHook(self._after)
             self._installed.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             self._installed.callback(module.register_forward_hook(after, always_call=True).remove)
-        for module in [self.model, *self.holders]:
+        for module in [self.model, *holders]:
             for name in _own_methods(module):
                 vars(module)[name] = _stand_in(self, module, name)
                 self._installed.callback(vars(module).pop, name, None)
@@ -99,6 +99,10 @@ class Entries:
             self.running.append(Entry(module, module, module, args, kwargs))
             self.entered()
 
+    def entered(self) -> None:
+        """Something is about to be computed in the last of the calls."""
+        self._entered(self.running)
+
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not is_recomputing():
             self.leave(module, output)
@@ -107,10 +111,10 @@ class Entries:
         """The call of `key` returns, and with it calls inside that an interrupt has kept from telling so."""
         if not any(entry.key is key for entry in self.running):  # a hook has raised before ours saw the call
             return
-        while (entry := self.running[-1]).key is not key:
-            self._left(entry, None)
+        while self.running[-1].key is not key:
+            self._left(self.running, None)
             self.running.pop()
-        self._left(entry, output)
+        self._left(self.running, output)
         self.running.pop()
 
 

@@ -88,6 +88,10 @@ class Probe:
             on_pass=self._count,
             on_failure=self._begin_anew,
         )
+        if batch_size is None:
+            self._entries = Entries(model, self._watch.entered, self._watch.left)
+        else:
+            self._entries = Entries(model, self._pass_of_its_own)
         self._in_own_pass = False
         self._passed: Entry | None = None  # the last call that there was a pass for
 
@@ -109,13 +113,9 @@ class Probe:
         holders = around(self.model, nn.Module)
         for module in [*self.model.modules(), *holders]:
             self._run_eagerly(module)
-        if self.batch_size is None:
-            self._armed.callback(self._watch.stop)
-            self._watch.start(holders)
-        else:
-            self._entries = Entries(self.model, holders, self._pass_of_its_own, lambda entry, output: None)
-            self._armed.callback(self._entries.remove)
-            self._entries.install()
+        self._armed.callback(self._watch.close)
+        self._armed.callback(self._entries.remove)
+        self._entries.install(holders)
 
     def _run_eagerly(self, module: nn.Module) -> None:
         """What is compiled neither sees hooks that are new nor has operations to record."""
@@ -134,6 +134,8 @@ class Probe:
     def end_turn(self) -> None:
         """What comes next is another step, or another micro-batch."""
         self._watch.close()
+        self._entries.running.clear()  # of what an interrupt may have left
+        self._passed = None
         self.turns += self.passes > self._passes_before
         self._passes_before = self.passes
 
@@ -209,12 +211,12 @@ class Probe:
         for candidate, measured in self.measure(name, grad).items():
             self._sums[candidate] = self._sums.get(candidate, 0.0) + measured
 
-    def _pass_of_its_own(self) -> None:
-        entry = self._of_whole_model(self._entries.running)
+    def _pass_of_its_own(self, running: list[Entry]) -> None:
+        entry = self._of_whole_model(running)
         if self.complete or self._in_own_pass or entry in (None, self._passed) or not torch.is_grad_enabled():
             return
         self._passed = entry
-        self._time(self._entries.running)
+        self._time(running)
         args, kwargs = first_rows(entry.args, entry.kwargs, self.batch_size)
         self._in_own_pass = True
         try:

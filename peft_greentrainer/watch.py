@@ -1,9 +1,9 @@
 """Records every pass of a model in a training step, and has all of its parameters require grad in passes only.
 
-    >>> watch = StepWatch(model, parameters, recorder, on_gradient=recorder.mark, on_pass=print, on_failure=print)
-    >>> watch.start(holders=[])
+    >>> watch = StepWatch(model, parameters, recorder, begins=print, on_gradient=recorder.mark, ...)
+    >>> Entries(model, watch.entered, watch.left).install(holders=[])
     >>> model(**batch).loss.backward()                # as the user's loop runs it
-    >>> watch.close(); watch.stop()
+    >>> watch.close()
 
 A pass may be entered anywhere (see `entries`), also inside of another one: a hook may run the model again, and so may a
 custom function. What runs between a forward pass and the backward pass (a loss in the loop) is part of the forward pass.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .backward import open_watches, other_leaves
 from .bottom import put_at_bottom, take_from_bottom
-from .entries import Entries, Entry
+from .entries import Entry
 from .low_rank_cost import NoticeLowRank
 from .outputs import tensors_of
 from .passes import free_gradient
@@ -58,7 +58,6 @@ class StepWatch:
         self.recorder = recorder
         self._begins, self._on_gradient, self._on_pass, self._on_failure = begins, on_gradient, on_pass, on_failure
         self._own = {*map(id, model.parameters()), *map(id, parameters.values())}
-        self._entries: Entries | None = None
         self._opened = ExitStack()
         self._is_open = False
         self._frozen: list[nn.Parameter] = []
@@ -71,15 +70,6 @@ class StepWatch:
         self._begins_now = False
         self._backward_passes = 0
         self._has_gradients = False
-
-    def start(self, holders: Iterable[nn.Module]) -> None:
-        """Record from the next forward pass. Until then nothing changes."""
-        self._entries = Entries(self.model, holders, self._entered, self._left)
-        self._entries.install()
-
-    def stop(self) -> None:
-        self.close()
-        self._entries.remove()
 
     def close(self) -> None:
         """Forget forward passes that no backward pass came from. Nothing more is recorded until the next one."""
@@ -105,11 +95,11 @@ class StepWatch:
 
     # Forward passes
 
-    def _entered(self) -> None:
+    def entered(self, running: list[Entry]) -> None:
+        """For `Entries`: record from here on what is entered from outside."""
         if self.recorder.runs_forward or self._begins_now:
             return
         self._stop_between()
-        running = self._entries.running
         has_gradients = torch.is_grad_enabled()
         if has_gradients:
             self._begins_now = True
@@ -128,12 +118,13 @@ class StepWatch:
         self._recorded.append(_Recorded(owner, contexts, self._next_bit, self._cost()))
         self._next_bit <<= 1
 
-    def _left(self, entry: Entry, output: Any) -> None:
-        if self._recorded and self._recorded[-1].entry is entry:
+    def left(self, running: list[Entry], output: Any) -> None:
+        """For `Entries`: the last of these calls returns."""
+        if self._recorded and self._recorded[-1].entry is running[-1]:
             recorded = self._recorded.pop()
             recorded.contexts.close()
             self._wait_for_backward(recorded, output)
-        if len(self._entries.running) == 1 and self._waiting and not self._backward_passes:
+        if len(running) == 1 and self._waiting and not self._backward_passes:
             self._start_between()
 
     def _wait_for_backward(self, recorded: _Recorded, output: Any) -> None:
@@ -188,17 +179,24 @@ class StepWatch:
     # Backward passes
 
     @contextmanager
-    def backward_pass(self, roots: list[Any], keeps_graph: bool, creates_graph: bool) -> Iterator[None]:
-        """For any backward pass: it counts if it gives this model's parameters a gradient."""
+    def backward_pass(
+        self, roots: list[Any], keeps_graph: bool, creates_graph: bool, inputs: list[Any] | None
+    ) -> Iterator[list[nn.Parameter]]:
+        """For any backward pass: it counts if it gives this model's parameters a gradient.
+
+        Gives the parameters that are to get one too, if the pass is for some `inputs` only.
+        """
         self._stop_between()
         origin = self._origin(roots)
-        leaves = other_leaves(roots, self._own) if origin else []
+        leaves = other_leaves(roots, self._own) if origin and inputs is None else []
+        of_others = inputs is not None and not any(id(tensor) in self._own for tensor in inputs)
+        recording = self.recorder.backward(creates_graph, is_always_run=of_others and origin > 0)
         self._backward_passes += 1
         try:
-            with self._all_require_grad(), self.recorder.backward(creates_graph), ExitStack() as hooks:
+            with self._all_require_grad(), recording, ExitStack() as hooks:
                 for leaf in leaves:
                     hooks.callback(leaf.register_hook(self.recorder.charge_always).remove)
-                yield
+                yield [] if of_others else self._frozen
         except BaseException:
             if self._backward_passes == 1:
                 self._has_gradients = False

@@ -159,6 +159,11 @@ def loss_that_computes_its_gradient_in_its_forward_pass(model, seed):
     InsideForward.apply(model.encode(ids(seed)), torch.ones(16, 8)).backward()
 
 
+def backward_for_what_is_trained(model, seed):
+    """As some do who take no gradient of anything else."""
+    model.training_step(ids(seed)).backward(inputs=[p for p in model.parameters() if p.requires_grad])
+
+
 STEPS = [
     two_backward_passes,
     two_losses_on_two_batches,
@@ -171,6 +176,7 @@ STEPS = [
     nested_in_a_hook,
     nested_in_a_function,
     loss_that_computes_its_gradient_in_its_forward_pass,
+    backward_for_what_is_trained,
 ]
 
 
@@ -240,6 +246,29 @@ def test_a_step_with_low_rank_candidates_is_selected_for(step, low_rank):
         step(run.called, 1)
     graph = run.allocator.graph
     assert counter.get_total_flops() / graph.full_flops == pytest.approx(selection.ratio, rel=0.01)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RuntimeError])
+def test_a_call_that_is_broken_off_leaves_nothing_behind(interrupt):
+    class Broken(Net):
+        breaks = False
+
+        def encode(self, ids):
+            hidden = self.trunk(self.embed(ids))
+            if self.breaks:
+                raise interrupt()
+            return hidden
+
+    run = Run(Broken())
+    names = is_trained(run.model)
+    run.model.get_base_model().breaks = True
+    with pytest.raises(interrupt):
+        another_method(run.called, 1)
+    run.model.get_base_model().breaks = False
+    run.update(1)
+    assert is_trained(run.model) == names
+    assert torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+    run.check(another_method)
 
 
 # What a model returns, and who calls it
@@ -471,7 +500,7 @@ def test_what_no_backward_pass_comes_from_does_not_count(how):
     if how == "evaluation":
         run.called.eval()
         with torch.no_grad():
-            scale = run.called.training_step(batch).clamp(1, 1)
+            run.called.training_step(batch)
         another_method(run.called.train(), 1)
     elif how == "no gradients":
         with torch.inference_mode():
@@ -484,7 +513,7 @@ def test_what_no_backward_pass_comes_from_does_not_count(how):
     elif how == "with gradients":
         run.called(batch)
         another_method(run.called, 1)
-        kept = run.called(batch)
+        run.kept = run.called(batch)
     elif how == "generation":
         run.called.training_step(run.called.generate(batch)).backward()
     else:
