@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backward import other_leaves
 from .low_rank_cost import NoticeLowRank
 from .outputs import loss_in
 from .recorder import CostRecorder
@@ -43,6 +44,8 @@ def record(
             hooks.callback(parameter.register_post_accumulate_grad_hook(free_gradient).remove)
         with recorder.forward():
             scalar = loss()
+        for leaf in other_leaves([scalar], {*map(id, model.parameters()), *map(id, parameters.values())}):
+            hooks.callback(leaf.register_hook(recorder.charge_always).remove)
         with recorder:
             scalar.backward()
 

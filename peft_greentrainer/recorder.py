@@ -299,7 +299,7 @@ class CostRecorder(TorchDispatchMode):
     def charge_always(self, grad: Tensor) -> None:
         """Note that every step computes `grad`, whatever is trained, since it is that of something else that is trained."""
         for operation in bits_of(self.ancestors(grad)):
-            if operation in self.conditions:
+            if operation in self.conditions or self.forced >> operation & 1:
                 self.forced |= 1 << operation
                 continue
             self.forward_cost += self.costs[operation]

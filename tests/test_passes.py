@@ -3,6 +3,7 @@ a step without a probe."""
 
 import copy
 import dataclasses
+import random
 import types
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_greentrainer import GreenTrainerConfig
+from peft_greentrainer import GreenTrainerConfig, profile
 from peft_greentrainer.allocation import allocator_of
 from peft_greentrainer.formulas import flop_counter
 
@@ -544,6 +545,26 @@ def test_a_gradient_penalty_costs_what_was_planned():
         (out + grad.square().sum()).backward()
 
     Run().check(step)
+
+
+def test_a_profile_with_a_gradient_penalty_is_exact():
+    class Penalized(Net):
+        def forward(self, x):
+            x = x * 2
+            out = self.first(self.trunk(x)).square().mean()
+            (grad,) = torch.autograd.grad(out, x, create_graph=True)
+            return {"loss": out + grad.square().sum()}
+
+    model, x = Penalized(), torch.ones(6, 16, requires_grad=True)
+    graph = profile(model, {"x": x})
+    choose = random.Random(0)
+    for _ in range(6):
+        names = choose.sample(graph.tensors, choose.randint(1, len(graph.tensors)))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        with flop_counter() as counter:
+            model(x)["loss"].backward()
+        assert counter.get_total_flops() == graph.flops(names)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
