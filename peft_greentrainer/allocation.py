@@ -37,7 +37,15 @@ from .measure import CrossBatch, SameBatch
 from .param_groups import group_of, keep_in_step
 from .probe import Probe
 from .selection import Selection, everything_fits, select
+from .unreached import PATIENCE, Unreached
 from .values import candidates, layers, parameters_in_use, set_selection, set_trainable, set_values
+
+
+NOT_SEEN = (
+    "A step was to be a probe, and no forward and backward pass of the model was seen in it that gives its parameters a "
+    "gradient, so nothing was measured; the next step is a probe again. Compute the loss with gradients on, from a call of the "
+    "model (of the model itself, with probe_batch_size), and call loss.backward() before update_and_allocate."
+)
 
 
 def allocator_of(model: nn.Module) -> Allocator:
@@ -67,7 +75,8 @@ class Allocator:
         self._probe: Probe | None = None
         self._last: int | None = None
         self._measured: list[dict[str, Any]] | None = None  # what each rank's probe has so far
-        self._passes_before = 0
+        self._turns_before = 0
+        self._unreached = Unreached()
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict:
@@ -96,6 +105,7 @@ class Allocator:
             "importances": self.importances,
             "last": self._last,
             "probe": self._measured,
+            "unreached": self._unreached.state_dict(),
         }
 
     def resume(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
@@ -110,10 +120,12 @@ class Allocator:
         self.selection = kept and Selection(**kept | of_sets)
         self.importances = dict(state["importances"])
         self._last = state["last"]
+        if "unreached" in state:  # of which earlier versions kept nothing
+            self._unreached.load_state_dict(state["unreached"])
         if state["probe"] is not None:
             self._arm(optimizer)
             self._probe.load_state_dict(of_this_rank(state["probe"]))
-            self._passes_before = self._probe.passes
+            self._turns_before = self._probe.turns
         rebuild_reducers(self.model)
 
     def update(self, step: int, optimizer: torch.optim.Optimizer, epoch: int | None = None) -> None:
@@ -132,16 +144,15 @@ class Allocator:
                 )
             now = epoch
 
-        if self._probe is not None and self._probe.passes == self._passes_before:
-            self._probe.close()
-            self._warn_once(
-                "A step was to be a probe, and no forward and backward pass of the model was seen in it, so nothing was "
-                "measured; the next step is a probe again. Call the model itself, not a part of it, and then loss.backward()."
-            )
-        if self._probe is not None and (self._probe.complete or self._nothing_to_choose(adapter_name, config)):
-            measured, self._probe = self._probe, None
-            if self._select(measured, adapter_name, config, optimizer):
-                self._last = now
+        if self._probe is not None:
+            self._probe.end_turn()
+            if self._probe.turns == self._turns_before:
+                self._warn_once(NOT_SEEN)
+            enough = all(of_all_ranks(self._probe.complete)) or self._nothing_to_choose(adapter_name, config)
+            if enough and not self._waits_for_unreached(adapter_name, config):
+                measured, self._probe = self._probe, None
+                if self._select(measured, adapter_name, config, optimizer):
+                    self._last = now
 
         interval = {"epoch": 1, "once": math.inf}.get(config.reselect, config.reselect)
         ahead = 0 if config.reselect == "epoch" else 1
@@ -150,10 +161,15 @@ class Allocator:
             self._arm(optimizer)
         self._measured = None
         if self._probe is not None:
-            self._passes_before = self._probe.passes
+            self._turns_before = self._probe.turns
             self._measured = of_all_ranks(self._probe.state_dict())
         spent = config.spent or {"steps": 0, "full_steps": 0.0}
         config.spent = {"steps": spent["steps"] + 1, "full_steps": spent["full_steps"] + cost}
+
+    def end_micro_batch(self) -> None:
+        """Call it between the micro-batches of a step where these are known: costs are then those of one of them."""
+        if self._probe is not None:
+            self._probe.end_turn()
 
     def end(self) -> None:
         """Call off a probe that no further step will complete."""
@@ -222,7 +238,7 @@ class Allocator:
             **extra,
         )
         self._probe.arm()
-        self._passes_before = 0
+        self._turns_before = 0
 
     def _select(
         self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, optimizer: torch.optim.Optimizer
@@ -230,35 +246,71 @@ class Allocator:
         probe.disarm()
         own = set(candidates(self.model, config))
         trained = {name for name in probe.trained() if candidate_of(name) not in own}
-        graph, importances = probe.graph(own | trained), probe.importances()
-        importances = mean_over_ranks(importances)
+        importances = mean_over_ranks(probe.importances())
         if not all(map(math.isfinite, importances.values())):
             self._warn_once(
                 "The loss or a gradient was not finite in a probe, so the selection stays as it was; the next step is "
                 "a probe again. If this goes on, lower the learning rate or look for bad examples."
             )
             return False
-        if not (everything_fits(graph, config.rho) or any(value > 0 for value in importances.values())):
+
+        def choose() -> tuple[CostGraph, Selection] | None:
+            graph = probe.graph(own | trained)
+            # Where two batches disagree, an importance is small, and what else is left of the budget may go there.
+            least = min((value for value in importances.values() if value > 0), default=0.0)
+            if not (everything_fits(graph, config.rho) or least):
+                return None
+            of_graph = {name: max(importances[name], least) for name in graph.tensors if name in importances}
+            # What is always trained and never got a gradient costs nothing in batches like these.
+            return graph, select(graph, of_graph, config.rho, always=trained.intersection(graph.tensors))
+
+        chosen = from_first_rank(choose)
+        if chosen is None:
             self._warn_once(
                 "Every gradient was zero in a probe (equal rewards, say), so the selection stays as it was; the next step "
                 "is a probe again. If this goes on, check that the loss has a gradient."
             )
             return False
+        self.importances = importances
+        self.graph, self.selection = chosen
+        _apply(self.model, adapter_name, self.selection.candidates & own, optimizer)
+        return True
 
-        # Where two batches disagree, an importance is small, and what else is left of the budget may go there.
-        least = min((value for value in importances.values() if value > 0), default=0.0)
-        of_graph = {name: max(importances[name], least) for name in graph.tensors if name in importances}
-        selection = from_first_rank(lambda: select(graph, of_graph, config.rho, always=trained))
-        self.graph, self.importances, self.selection = graph, importances, selection
-        _apply(self.model, adapter_name, selection.candidates & own, optimizer)
+    def _waits_for_unreached(self, adapter_name: str, config: GreenTrainerConfig) -> bool:
+        """Whether the probe goes on, since what it was to tell of got no gradient; what it has measured stays."""
+        own, trained = set(candidates(self.model, config)), set(self._probe.trained())
+        always = {name for name in trained if candidate_of(name) not in own}
+        # A provisional selection is made from sizes, and may have tensors that never get a gradient.
+        selected = set() if config.provisional else {candidate_of(name) for name in trained} & own
+        reached = self._probe.reached() & (own | always)
+        if not self._unreached.waits(always | selected, reached, reaches_any=bool(reached & own)):
+            return False
+        self._probe.go_on()
+        missing = [name for name in self._unreached.missing if name not in self._warned]
+        self._warned.update(missing)
+        if missing:
+            self._warn_once(
+                f"A probe saw no gradient of {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, so the cost of "
+                "training that is not known. The selection stays as it was, and the next step is a probe too, up to "
+                f"{PATIENCE} in a row; then what was seen is selected from."
+            )
+        elif not self._unreached.missing:
+            self._warn_once(
+                "The loss of a probe reached no candidate tensor, so the selection stays as it was; the next step is a probe "
+                "too. If this goes on, check that the loss depends on what target_modules names."
+            )
         return True
 
     def _nothing_to_choose(self, adapter_name: str, config: GreenTrainerConfig) -> bool:
         """Whether one pass was enough, since it tells that everything fits the budget."""
-        if self._probe.passes == 0 or config.budget == "seconds":
-            return False
-        graph = self._probe.graph({*candidates(self.model, config), *self._probe.trained()})
-        return from_first_rank(lambda: everything_fits(graph, config.rho))
+
+        def fits() -> bool:
+            offered = {*candidates(self.model, config), *self._probe.trained()}
+            return not self._probe.reached().isdisjoint(offered) and everything_fits(
+                self._probe.graph(offered), config.rho
+            )
+
+        return config.budget != "seconds" and from_first_rank(fits)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -24,6 +24,8 @@ from torch.utils.flop_counter import sdpa_backward_flop_count
 class Recorder(Protocol):
     """What is asked of a recorder: sets of operations are ints, bit by bit."""
 
+    runs_forward: bool
+
     def new_operation(self, cost: int) -> int: ...
     def ancestors(self, tensor: Tensor) -> int: ...
     def inherit(self, tensor: Tensor, ancestors: int) -> None: ...
@@ -40,11 +42,7 @@ class NoticeTrainedBias(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if (
-            func is scaled_dot_product_attention
-            and torch.is_grad_enabled()
-            and torch._C._current_graph_task_id() == -1
-        ):
+        if func is scaled_dot_product_attention and torch.is_grad_enabled() and self.recorder.runs_forward:
             return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 

@@ -1,54 +1,97 @@
-"""Records every backward pass while a probe is open, whoever starts it.
+"""Records every backward pass while a step is watched, whoever starts it.
 
->>> open_probes.add(probe)                        # torch.autograd.backward is ours now ...
->>> open_probes.discard(probe)                    # ... and is torch's again
+>>> open_watches.add(watch)                        # torch.autograd.backward and torch.autograd.grad are ours now ...
+>>> open_watches.discard(watch)                    # ... and are torch's again
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 
 if TYPE_CHECKING:
-    from .probe import Probe
+    from .watch import StepWatch
 
 
-class OpenProbes(weakref.WeakSet):
+class OpenWatches(weakref.WeakSet):
     """Records every backward pass while it is not empty.
 
-    Nothing tells when a backward pass begins, but whoever starts one goes through `torch.autograd.backward`.
+    Nothing tells when a backward pass begins, but whoever starts one goes through `torch.autograd.backward` or
+    `torch.autograd.grad`.
     """
 
-    def add(self, probe: Probe) -> None:
+    def add(self, watch: StepWatch) -> None:
         if not self:
-            self._backward = torch.autograd.backward
-            torch.autograd.backward = self._recorded
-        super().add(probe)
+            self._backward, self._grad = torch.autograd.backward, torch.autograd.grad
+            torch.autograd.backward, torch.autograd.grad = self._recorded_backward, self._recorded_grad
+        super().add(watch)
 
-    def discard(self, probe: Probe) -> None:
-        super().discard(probe)
+    def discard(self, watch: StepWatch) -> None:
+        super().discard(watch)
         if not self:
-            torch.autograd.backward = self._backward
+            torch.autograd.backward, torch.autograd.grad = self._backward, self._grad
 
-    def _recorded(self, *args: Any, **kwargs: Any) -> None:
-        nested = torch._C._current_graph_task_id() != -1  # reentrant checkpointing
-        recording = [] if nested else [probe for probe in self if not probe.complete]
-        try:
-            with ExitStack() as modes:
-                for probe in recording:
-                    probe.reopen()
-                    modes.enter_context(probe.recorder)
-                self._backward(*args, **kwargs)
-        except BaseException:
-            for probe in recording:
-                probe.backward_failed()
-            raise
-        for probe in recording:
-            probe.backward_is_done()
+    def _recorded_backward(
+        self,
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
+    ) -> None:
+        keeps = create_graph if retain_graph is None else retain_graph
+        asked = None if inputs is None else _listed(inputs)
+        others = []
+        with ExitStack() as passes:
+            for watch in list(self):
+                recorded = watch.backward_pass(_listed(tensors), keeps, create_graph, asked)
+                others += passes.enter_context(recorded)
+            self._backward(
+                tensors,
+                grad_tensors,
+                retain_graph,
+                create_graph,
+                grad_variables,
+                None if inputs is None else [*asked, *others],
+            )
+
+    def _recorded_grad(self, outputs: Any, inputs: Any, *args, **kwargs) -> Any:
+        with ExitStack() as passes:
+            for watch in list(self):
+                passes.enter_context(watch.gradients(_listed(outputs), _listed(inputs)))
+            return self._grad(outputs, inputs, *args, **kwargs)
 
 
-open_probes = OpenProbes()
+open_watches = OpenWatches()
+
+
+def _listed(tensors: Any) -> list[Any]:
+    """What autograd takes for its roots, or for its inputs: tensors, or edges of a graph."""
+    if isinstance(tensors, (Tensor, GradientEdge)):
+        return [tensors]
+    return list(tensors.values() if isinstance(tensors, Mapping) else tensors)
+
+
+def other_leaves(roots: Iterable[Any], own: set[int]) -> list[Tensor]:
+    """The tensors that a backward pass from these roots gives a gradient, but for those whose ids are given."""
+    nodes = [root.grad_fn if isinstance(root, Tensor) else root.node for root in roots]
+    leaves, seen = [], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad":
+            leaf = node.variable
+            if id(leaf) not in own and leaf.requires_grad and not hasattr(leaf, "only_measures"):
+                leaves.append(leaf)
+        nodes += [following for following, _ in node.next_functions]
+    return leaves

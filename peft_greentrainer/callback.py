@@ -47,6 +47,11 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         allocator = getattr(self, "_allocator", None)
         return {"args": {}, "attributes": {"allocation": allocator and allocator.state_dict()}}
 
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+    ) -> None:
+        allocator_of(base_model(model)).end_micro_batch()
+
     def on_step_end(
         self,
         args: TrainingArguments,

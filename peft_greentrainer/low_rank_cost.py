@@ -135,7 +135,9 @@ class NoticeLowRank:
                 return output
             if torch.is_grad_enabled() and not output.requires_grad:
                 # Nothing before it is trained, so its own gradient has to be asked for.
-                output = output + output.new_zeros((), requires_grad=True)
+                zero = output.new_zeros((), requires_grad=True)
+                zero.only_measures = True  # no other leaf whose gradient a step computes
+                output = output + zero
             ran(running.pop(), args[0], output)
             return output
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backward import other_leaves
 from .low_rank_cost import NoticeLowRank
+from .outputs import loss_in
 from .recorder import CostRecorder
 
 
@@ -42,13 +44,15 @@ def record(
             hooks.callback(parameter.register_post_accumulate_grad_hook(free_gradient).remove)
         with recorder.forward():
             scalar = loss()
+        for leaf in other_leaves([scalar], {*map(id, model.parameters()), *map(id, parameters.values())}):
+            hooks.callback(leaf.register_hook(recorder.charge_always).remove)
         with recorder:
             scalar.backward()
 
 
 def loss_of(output: Any) -> Tensor:
-    """The `.loss` of a model's output."""
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    """The loss in a model's output, at any depth."""
+    loss = loss_in(output)
     if loss is None:
         raise ValueError(
             "The batch gives no loss: the model's output has no `.loss`. Put `labels` into the batch, or pass `loss_fn`."

@@ -10,7 +10,8 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from .attention import NoticeTrainedBias
+from .bottom import at_bottom
 from .forced import NoticeForcedGradient
 from .formulas import looks_like_matmul, missing_formulas
 from .low_rank_cost import LowRank
+from .recomputation import is_recomputing
 
 
 _numbers = itertools.count()
@@ -51,7 +54,9 @@ class CostRecorder(TorchDispatchMode):
         self.forward_cost = 0
         self.added_forward_cost = 0
         self.added = 0
-        self._attribute = f"_costed_ancestors_{next(_numbers)}"
+        number = next(_numbers)
+        self._attribute = f"_costed_ancestors_{number}"
+        self._origin = f"_made_in_{number}"
         self.costs = [0]  # bit 0 of a set of ancestors stands for no operation
         self.needed_by: dict[str, int] = {}
         self.forced = 0
@@ -64,6 +69,8 @@ class CostRecorder(TorchDispatchMode):
         self._stops_early = False
         self._is_aside = False
         self._active = 0
+        self._passes: list[_Pass] = []  # that are running, one inside the other
+        self.rests = False  # whether it lets everything pass
         self._formulas = {**flop_registry, **{op: shape_wrapper(f) for op, f in missing_formulas().items()}}
         self._flops_of: dict[tuple, int] = {}
         self._formula_of: dict[int, Callable[..., int] | None] = {}
@@ -98,15 +105,58 @@ class CostRecorder(TorchDispatchMode):
         self._active -= 1
         super().__exit__(*exception)
 
+    @contextmanager
+    def _entered_again(self) -> Iterator[None]:
+        """For the parts of an operation: while one is dispatched, the mode is off."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
     @property
     def is_active(self) -> bool:
         return self._active > 0
 
+    @property
+    def runs_forward(self) -> bool:
+        """Whether the innermost pass that is running is a forward pass."""
+        return bool(self._passes) and self._passes[-1].is_forward
+
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """For the forward pass: also notices what makes backward operations depend on more than the trained tensors."""
-        with self, NoticeTrainedBias(self), NoticeForcedGradient(self):
+    def forward(self, origin: int = 0) -> Iterator[None]:
+        """For the forward pass: also notices what makes backward operations depend on more than the trained tensors.
+
+        Args:
+            origin: a bit that stands for this pass, noted on what comes from it; 0: nothing is noted.
+        """
+        running = _Pass(is_forward=True, origin=origin)
+        with self._running_pass(running), at_bottom(NoticeTrainedBias(self)), at_bottom(NoticeForcedGradient(self)):
             yield
+
+    @contextmanager
+    def backward(self, creates_graph: bool = False, is_always_run: bool = False) -> Iterator[None]:
+        """For a backward pass, also inside of another pass.
+
+        Args:
+            creates_graph: whether it can be differentiated again, so that its operations run with gradients on.
+            is_always_run: whether it costs the same whatever is trained, so that it is part of what every step costs.
+        """
+        with self._running_pass(_Pass(creates_graph=creates_graph, is_always_run=is_always_run)):
+            yield
+
+    @contextmanager
+    def _running_pass(self, running: _Pass) -> Iterator[None]:
+        # It may begin in a mode of the user's that is left before it ends; and entered twice, it would see all twice.
+        mode = nullcontext() if self.is_active else at_bottom(self)
+        self._passes.append(running)
+        self._active += 1
+        try:
+            with mode:
+                yield
+        finally:
+            self._active -= 1
+            self._passes.pop()
 
     def mark(self, name: str, grad: Tensor) -> None:
         """Note that `grad` is the gradient of the tensor `name`. Call it as gradients arrive."""
@@ -123,24 +173,31 @@ class CostRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self._is_aside:
+        if self._is_aside or self.rests:
             return func(*args, **kwargs)
         if id(func) not in self._formula_of:  # hashing an operator is slow
             self._formula_of[id(func)] = self._find_formula(func, args)
         if self._formula_of[id(func)] is _decompose:
-            with torch._C.DisableTorchFunction(), self:  # or a function mode takes the parts for the whole again
+            with (
+                torch._C.DisableTorchFunction(),
+                self._entered_again(),
+            ):  # or a function mode takes the parts for the whole
                 return func.decompose(*args, **kwargs)
 
         out, cost = self.run(func, args, kwargs)
-        if torch._C._current_graph_task_id() == -1:
-            self.forward_cost += cost
+        running = self._passes[-1] if self._passes else _BACKWARD if self.is_active else _BETWEEN
+        recomputes = torch.is_grad_enabled() and not running.is_forward and is_recomputing()
+        if running.is_always_run or self._is_of_forward(running, recomputes):
+            origin = self._marked(running.origin, args, kwargs, out)
+            if origin or not running.is_between:
+                self.forward_cost += cost
             return out
 
         inherited = 0
         for tensor in tensors_in((*args, *kwargs.values()) if kwargs else args):
             inherited |= self.ancestors(tensor)
 
-        if torch.is_grad_enabled():
+        if recomputes:
             # Gradient checkpointing runs a segment of the forward pass again.
             if cost:
                 operation = self.new_operation(cost)
@@ -164,6 +221,26 @@ class CostRecorder(TorchDispatchMode):
             for tensor in tensors_in((out, *args) if func._schema.is_mutable else (out,)):
                 self.inherit(tensor, inherited)
         return out
+
+    def _is_of_forward(self, running: _Pass, recomputes: bool) -> bool:
+        if running.is_forward or torch._C._current_graph_task_id() == -1:
+            return True
+        # What a hook or a custom function runs with gradients on, where autograd itself runs without.
+        return torch.is_grad_enabled() and not running.creates_graph and not recomputes
+
+    def _marked(self, origin: int, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
+        """The forward passes that a result comes from, noted on it; on what is chosen by numbers (tokens) nothing is."""
+        for tensor in tensors_in((*args, *kwargs.values()) if kwargs else args):
+            origin |= self.origin(tensor)
+        if origin:
+            for tensor in tensors_in((out,)):
+                if tensor.is_floating_point():
+                    setattr(tensor, self._origin, origin)
+        return origin
+
+    def origin(self, tensor: Tensor) -> int:
+        """The forward passes that a tensor comes from."""
+        return getattr(tensor, self._origin, 0)
 
     def run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int]:
         """Run an operation, and tell what it costs."""
@@ -219,6 +296,17 @@ class CostRecorder(TorchDispatchMode):
         """Note that every step computes `grad`, whatever is trained."""
         self.forced |= self.ancestors(grad)
 
+    def charge_always(self, grad: Tensor) -> None:
+        """Note that every step computes `grad`, whatever is trained, since it is that of something else that is trained."""
+        for operation in bits_of(self.ancestors(grad)):
+            if operation in self.conditions or self.forced >> operation & 1:
+                self.forced |= 1 << operation
+                continue
+            self.forward_cost += self.costs[operation]
+            if self.added >> operation & 1:
+                self.added_forward_cost += self.costs[operation]
+            self.costs[operation] = 0
+
     def run_only_if(self, operations: int, condition: int) -> None:
         """These operations run only in steps in which some trained tensor needs the operation `condition`."""
         for operation in bits_of(operations & ~condition):
@@ -266,6 +354,18 @@ class CostRecorder(TorchDispatchMode):
                     stacklevel=2,
                 )
         return None
+
+
+@dataclass(frozen=True)
+class _Pass:
+    is_forward: bool = False
+    creates_graph: bool = False
+    is_always_run: bool = False
+    is_between: bool = False
+    origin: int = 0
+
+
+_BACKWARD, _BETWEEN = _Pass(), _Pass(is_between=True)
 
 
 def _decompose(*args, **kwargs) -> int:

@@ -28,6 +28,11 @@ PLANNING = [
     "closures",
     "selection",
     "backward",
+    "bottom",
+    "entries",
+    "outputs",
+    "recomputation",
+    "watch",
     "probe",
 ]
 ADAPTER = [
