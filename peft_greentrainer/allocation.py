@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 
+from .around import around
 from .checkpointing import REENTRANT, can_save
 from .config import GreenTrainerConfig
 from .cost import CostGraph
-from .delta import VALUES, base_name
+from .delta import VALUES, base_name, without_wrappers
 from .distributed import (
     from_first_rank,
     mean_over_ranks,
@@ -31,15 +32,19 @@ from .distributed import (
     rebuild_reducers,
     refuse_sharded,
 )
-from .forms import candidate_of
+from .forms import candidate_of, tensor_of
 from .importance import is_known, unwrapped, update_rule
 from .low_rank_forms import cost_of_updates, forms_of
 from .measure import CrossBatch, SameBatch
-from .param_groups import group_of, keep_in_step
+from .param_groups import GroupOf, Optimizers, Placement, TrainedBy, keep_in_step, list_of
 from .probe import Probe
 from .selection import Selection, everything_fits, select
+from .stepping import note_steps, now, stepped_since
 from .trainable import can_be_trained
 from .values import candidates, layers, set_selection, set_trainable, set_values
+
+
+OUTSIDE = "(outside)."
 
 
 def allocator_of(model: nn.Module) -> Allocator:
@@ -71,18 +76,24 @@ class Allocator:
         self._measured: list[dict[str, Any]] | None = None  # what each rank's probe has so far
         self._passes_before = 0
         self._warned: set[str] = set()
+        self._optimizers = weakref.WeakSet()
+        self._began = now()  # training, with these optimizers
+        self._left_out: frozenset[str] = frozenset()
+        note_steps()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_probe": None}  # copies of the model are not probed
+        # Copies of the model are not probed, and other optimizers train them.
+        return self.__dict__ | {"_probe": None, "_optimizers": weakref.WeakSet()}
 
-    def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def begin(self, step: int, optimizer: Optimizers, group_of: GroupOf | None = None) -> None:
         """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""
         adapter_name, config = self._active_adapter()
+        trained_by = self._trained_by(optimizer, group_of)
         self._keep_saving()
         set_trainable(self.model, adapter_name, config.selected)
         rebuild_reducers(self.model)
         if self.selection is None and self._probe is None:
-            self._arm(optimizer)
+            self._arm(trained_by)
         self._last = step
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,9 +111,10 @@ class Allocator:
             "probe": self._measured,
         }
 
-    def resume(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    def resume(self, state: Mapping[str, Any], optimizer: Optimizers, group_of: GroupOf | None = None) -> None:
         """Go on where a run was stopped, with the values and the optimizer's state of its checkpoint loaded before."""
         adapter_name, config = self._active_adapter()
+        trained_by = self._trained_by(optimizer, group_of)
         self.end()
         self._keep_saving()
         set_selection(self.model, adapter_name, state["selected"])
@@ -113,14 +125,17 @@ class Allocator:
         self.importances = dict(state["importances"])
         self._last = state["last"]
         if state["probe"] is not None:
-            self._arm(optimizer)
+            self._arm(trained_by)
             self._probe.load_state_dict(of_this_rank(state["probe"]))
             self._passes_before = self._probe.passes
         rebuild_reducers(self.model)
 
-    def update(self, step: int, optimizer: torch.optim.Optimizer, epoch: int | None = None) -> None:
+    def update(
+        self, step: int, optimizer: Optimizers, epoch: int | None = None, group_of: GroupOf | None = None
+    ) -> None:
         """Select if the step that was just taken completed a probe; make the next step a probe if one is due."""
         adapter_name, config = self._active_adapter()
+        trained_by = self._trained_by(optimizer, group_of)
         self._keep_saving()
         if config.was_reloaded():
             set_trainable(self.model, adapter_name, config.selected)
@@ -142,14 +157,14 @@ class Allocator:
             )
         if self._probe is not None and (self._probe.complete or self._nothing_to_choose(adapter_name, config)):
             measured, self._probe = self._probe, None
-            if self._select(measured, adapter_name, config, optimizer):
+            if self._select(measured, adapter_name, config, trained_by):
                 self._last = now
 
         interval = {"epoch": 1, "once": math.inf}.get(config.reselect, config.reselect)
         ahead = 0 if config.reselect == "epoch" else 1
         due = self.selection is None or now + ahead - self._last >= interval
         if self._probe is None and due:
-            self._arm(optimizer)
+            self._arm(trained_by)
         self._measured = None
         if self._probe is not None:
             self._passes_before = self._probe.passes
@@ -191,18 +206,41 @@ class Allocator:
         share = 1.0 if self.selection is None else self.selection.ratio
         return share if self._probe is None else self._probe.price(share) + cost_of_updates(self.model)
 
-    def _arm(self, optimizer: torch.optim.Optimizer) -> None:
+    def _trained_by(self, optimizer: Optimizers, group_of: GroupOf | None) -> TrainedBy:
+        optimizers = list_of(optimizer)
+        if set(optimizers) != set(self._optimizers):  # another training: who took steps before has no part in it
+            self._optimizers, self._began = weakref.WeakSet(optimizers), now()
+        own = [unwrapped(optimizer).param_groups for optimizer in optimizers]
+        stepped = stepped_since(self._began)
+        elsewhere = [other for other in stepped if not any(other.param_groups is groups for groups in own)]
+        return TrainedBy(optimizers, group_of, elsewhere)
+
+    def _place(self, adapter_name: str, config: GreenTrainerConfig, trained_by: TrainedBy) -> Placement:
+        """Find the group of each tensor, and name the candidates that have none."""
+        placed = Placement.of(trained_by, self.model, adapter_name)
+        offered = candidates(self.model, config)
+        self._left_out = frozenset(name for name in offered if tensor_of(name) in placed.left_out)
+        if len(self._left_out) == len(offered):
+            raise ValueError(f"No candidate can be trained: {placed.why_left_out(self._left_out)}")
+        if self._left_out and trained_by.group_of is None:
+            self._warn_once(f"Some tensors are never selected: {placed.why_left_out(self._left_out)}")
+        return placed
+
+    def _arm(self, trained_by: TrainedBy) -> None:
         adapter_name, config = self._active_adapter()
-        refuse_sharded(self.model, optimizer)
-        groups = group_of(optimizer, self.model)
-        rates = {name: float(g.get("initial_lr", g["lr"]) or 0.0) for name, g in groups.items()}
+        for optimizer in trained_by.optimizers:
+            refuse_sharded(self.model, optimizer)
+        placed = self._place(adapter_name, config, trained_by)
+        rates = {name: float(g.get("initial_lr", g["lr"]) or 0.0) for name, g in placed.groups.items()}
         if not any(rates.values()):  # none given, or a warm-up that starts at zero; only proportions matter
             rates = dict.fromkeys(rates, 1.0)
-        rule = update_rule(optimizer)
-        if not is_known(optimizer):
-            self._warn_once(
-                f"Importance is that of the update which Adam would make; that of {type(unwrapped(optimizer)).__name__} is not known."
-            )
+        rules = {name: update_rule(optimizer) for name, optimizer in placed.optimizers.items()}
+        rule = update_rule(trained_by.optimizers[0])
+        for optimizer in trained_by.optimizers:
+            if not is_known(optimizer):
+                self._warn_once(
+                    f"Importance is that of the update which Adam would make; that of {type(unwrapped(optimizer)).__name__} is not known."
+                )
 
         parameters = measured_parameters(self.model, adapter_name)
         if config.provisional:  # factors that may be gone are measured like those that do not exist yet
@@ -211,27 +249,27 @@ class Allocator:
             forms = forms_of(self.model, adapter_name)
             no_gradient = set(forms.frozen.values())
             parameters = {name: p for name, p in parameters.items() if name not in no_gradient}
-            measure = CrossBatch(rule, rates, set(candidates(self.model, config)))
+            measure = CrossBatch(rule, rates, set(candidates(self.model, config)), rules)
             extra = {"forms": forms, "batches": config.importance_batches + 1}
         else:
-            measure, extra = SameBatch(rule, rates), {"batches": config.importance_batches}
+            measure, extra = SameBatch(rule, rates, rules), {"batches": config.importance_batches}
         self._probe = Probe(
             self.model,
             parameters,
             measure=measure,
             batch_size=config.probe_batch_size,
-            time_with=optimizer if config.budget == "seconds" else None,
+            time_with=trained_by.optimizers[0] if config.budget == "seconds" else None,
             **extra,
         )
         self._probe.arm()
         self._passes_before = 0
 
-    def _select(
-        self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, optimizer: torch.optim.Optimizer
-    ) -> bool:
+    def _select(self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, trained_by: TrainedBy) -> bool:
         probe.disarm()
         own = set(candidates(self.model, config))
         trained = {name for name in probe.trained() if candidate_of(name) not in own}
+        placed = self._place(adapter_name, config, trained_by)  # groups may have changed since the probe began
+        own -= self._left_out
         graph, importances = probe.graph(own | trained), probe.importances()
         importances = mean_over_ranks(importances)
         if not all(map(math.isfinite, importances.values())):
@@ -250,16 +288,18 @@ class Allocator:
         # Where two batches disagree, an importance is small, and what else is left of the budget may go there.
         least = min((value for value in importances.values() if value > 0), default=0.0)
         of_graph = {name: max(importances[name], least) for name in graph.tensors if name in importances}
-        selection = from_first_rank(lambda: select(graph, of_graph, config.rho, always=trained))
+        selection = from_first_rank(
+            lambda: select(graph, of_graph, config.rho, always=trained.intersection(graph.tensors))
+        )
         self.graph, self.importances, self.selection = graph, importances, selection
-        _apply(self.model, adapter_name, selection.candidates & own, optimizer)
+        _apply(self.model, adapter_name, selection.candidates & own, trained_by.optimizers, placed)
         return True
 
     def _nothing_to_choose(self, adapter_name: str, config: GreenTrainerConfig) -> bool:
         """Whether one pass was enough, since it tells that everything fits the budget."""
         if self._probe.passes == 0 or config.budget == "seconds":
             return False
-        graph = self._probe.graph({*candidates(self.model, config), *self._probe.trained()})
+        graph = self._probe.graph({*candidates(self.model, config), *self._probe.trained()} - self._left_out)
         return from_first_rank(lambda: everything_fits(graph, config.rho))
 
     def _warn_once(self, message: str) -> None:
@@ -269,9 +309,9 @@ class Allocator:
 
 
 def measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors; and the
-    factors of low-rank updates."""
-    found = {}
+    """Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors; the
+    factors of low-rank updates; and what a model around the base trains."""
+    found = outer_parameters(model)
     for name, parameter in model.named_parameters():
         module, values, adapter_and_tensor = base_name(name).partition(VALUES)
         if values:
@@ -284,9 +324,31 @@ def measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Par
     return found
 
 
-def _apply(model: nn.Module, adapter_name: str, selected: frozenset[str], optimizer: torch.optim.Optimizer) -> None:
+def outer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the modules around a base model train, such as a head: no name in the base model begins with OUTSIDE."""
+    inside, found = set(map(id, model.parameters())), {}
+    # The outermost first: there a parameter has its whole name.
+    outer = sorted(around(model, nn.Module), key=lambda module: -sum(1 for _ in module.modules()))
+    for module in outer:
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and can_be_trained(parameter) and id(parameter) not in inside:
+                inside.add(id(parameter))
+                name = OUTSIDE + without_wrappers(name)
+                # Two models around the same base, of which one may be of an earlier training.
+                found[name if name not in found else f"{name} ({len(found)})"] = parameter
+    return found
+
+
+def _apply(
+    model: nn.Module,
+    adapter_name: str,
+    selected: frozenset[str],
+    optimizer: Optimizers,
+    placed: Placement | None = None,
+) -> None:
     config = model.peft_config[adapter_name]
-    groups = group_of(optimizer, model)
+    optimizers = list_of(optimizer)
+    placed = placed or Placement.of(TrainedBy(optimizers), model, adapter_name)
     before = _values(model, adapter_name)
     # What the provisional selection trained was a stand-in for the first steps: unless selected now, it is forgotten.
     kept = set() if config.provisional else config.tensors.keys()
@@ -294,7 +356,7 @@ def _apply(model: nn.Module, adapter_name: str, selected: frozenset[str], optimi
     set_selection(model, adapter_name, selected)
     after = {id(value) for value in _values(model, adapter_name)}
     dropped = [value for value in before if id(value) not in after]
-    keep_in_step(optimizer, model, groups, adapter_name, dropped)
+    keep_in_step(optimizers, model, placed.groups, adapter_name, dropped)
     rebuild_reducers(model)
 
 
