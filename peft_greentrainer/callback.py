@@ -16,7 +16,8 @@ from transformers.trainer_callback import ExportableState
 
 from .allocation import allocator_of
 from .config import GreenTrainerConfig
-from .delta import PREFIX, without_wrappers
+from .delta import without_wrappers
+from .layer import GreenTrainerLayer
 from .param_groups import GroupOf
 
 
@@ -88,22 +89,31 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that carries the GreenTrainer layers: inside a `PeftModel`, or at any depth of what is trained."""
-    found = {}
+    places = {}  # of base models; that of the PeftModel around one is the name that its owner knows
     for name, module in model.named_modules():
-        # A PeftModel and its tuner forward what they do not have themselves.
-        configs = vars(module).get("peft_config")
-        if isinstance(configs, Mapping) and not isinstance(module, (PeftModel, BaseTuner)):
-            if any(isinstance(config, GreenTrainerConfig) for config in configs.values()):
-                found[without_wrappers(name).removesuffix(f".{PREFIX}"[:-1]) or "the model itself"] = module
+        places.setdefault(module.get_base_model() if isinstance(module, PeftModel) else module, name)
+    found = {without_wrappers(name): module for module, name in places.items() if _is_adapted(module)}
     if not found:
         raise ValueError(
             "GreenTrainerCallback found no GreenTrainer adapter in the model: wrap it first, "
             "get_peft_model(model, GreenTrainerConfig(rho=0.5))."
         )
-    if len(found) > 1:
+    trained = [module for module in found.values() if any(p.requires_grad for p in module.parameters())]
+    if len(found) > 1 and len(trained) != 1:
         raise ValueError(
-            f"The model has several parts with a GreenTrainer adapter: {', '.join(found)}. A budget holds for one base model: "
-            "wrap the model that contains them, get_peft_model(model, GreenTrainerConfig(rho=0.5)), with target_modules or "
-            "exclude_modules to say what may be trained; or wrap one of them and freeze the others."
+            f"Several parts of the model have a GreenTrainer adapter: {', '.join(name or 'the whole' for name in found)}. A "
+            "budget is that of one base model: wrap the model that contains them, get_peft_model(model, "
+            "GreenTrainerConfig(rho=0.5)), with target_modules or exclude_modules for what may be trained; or freeze all "
+            "but one of them, requires_grad_(False)."
         )
-    return next(iter(found.values()))
+    return trained[0] if trained else next(iter(found.values()))
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    configs = vars(module).get("peft_config")  # a PeftModel and its tuner forward what they do not have themselves
+    return (
+        isinstance(configs, Mapping)
+        and not isinstance(module, (PeftModel, BaseTuner))
+        and any(isinstance(config, GreenTrainerConfig) for config in configs.values())
+        and any(isinstance(layer, GreenTrainerLayer) for layer in module.modules())  # not unloaded
+    )
