@@ -19,11 +19,10 @@ from typing import Any
 
 from torch import nn
 
-from .around import around
 from .checkpointing import REENTRANT, can_save
 from .config import GreenTrainerConfig
 from .cost import CostGraph
-from .delta import VALUES, base_name, without_wrappers
+from .delta import VALUES, base_name
 from .distributed import (
     from_first_rank,
     mean_over_ranks,
@@ -36,15 +35,14 @@ from .forms import candidate_of, tensor_of
 from .importance import is_known, unwrapped, update_rule
 from .low_rank_forms import cost_of_updates, forms_of
 from .measure import CrossBatch, SameBatch
-from .param_groups import GroupOf, Optimizers, Placement, TrainedBy, keep_in_step, list_of
+from .movement import Watch
+from .outside import outer_parameters
+from .param_groups import GroupOf, Optimizers, Placement, TrainedBy, by_reason, keep_in_step, list_of
 from .probe import Probe
 from .selection import Selection, everything_fits, select
 from .stepping import note_steps, now, stepped_since
 from .trainable import can_be_trained
-from .values import candidates, layers, set_selection, set_trainable, set_values
-
-
-OUTSIDE = "(outside)."
+from .values import candidates, layers, selected_values, set_selection, set_trainable, set_values
 
 
 def allocator_of(model: nn.Module) -> Allocator:
@@ -79,11 +77,13 @@ class Allocator:
         self._optimizers = weakref.WeakSet()
         self._began = now()  # training, with these optimizers
         self._left_out: frozenset[str] = frozenset()
+        self._watch = Watch()
+        self._looked = now()  # at what moves
         note_steps()
 
     def __getstate__(self) -> dict:
         # Copies of the model are not probed, and other optimizers train them.
-        return self.__dict__ | {"_probe": None, "_optimizers": weakref.WeakSet()}
+        return self.__dict__ | {"_probe": None, "_optimizers": weakref.WeakSet(), "_watch": Watch()}
 
     def begin(self, step: int, optimizer: Optimizers, group_of: GroupOf | None = None) -> None:
         """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""
@@ -136,6 +136,7 @@ class Allocator:
         """Select if the step that was just taken completed a probe; make the next step a probe if one is due."""
         adapter_name, config = self._active_adapter()
         trained_by = self._trained_by(optimizer, group_of)
+        self._look()
         self._keep_saving()
         if config.was_reloaded():
             set_trainable(self.model, adapter_name, config.selected)
@@ -173,10 +174,11 @@ class Allocator:
         config.spent = {"steps": spent["steps"] + 1, "full_steps": spent["full_steps"] + cost}
 
     def end(self) -> None:
-        """Call off a probe that no further step will complete."""
+        """Call off a probe that no further step will complete, and follow no tensor any longer."""
         if self._probe is not None:
             self._probe.disarm()
             self._probe = None
+        self._watch.end()
 
     def _active_adapter(self) -> tuple[str, GreenTrainerConfig]:
         active = {name for layer in layers(self.model).values() for name in layer.active_adapters}
@@ -214,6 +216,16 @@ class Allocator:
         stepped = stepped_since(self._began)
         elsewhere = [other for other in stepped if not any(other.param_groups is groups for groups in own)]
         return TrainedBy(optimizers, group_of, elsewhere)
+
+    def _look(self) -> None:
+        """Tell of tensors that have a gradient and did not move in the step that was just taken."""
+        still = self._watch.look(stepped_since(self._looked))
+        self._looked = now()
+        if still:
+            self._warn_once(
+                f"Selected tensors have a gradient and did not move in a step: {by_reason(still)}. Their share of the budget "
+                "is spent for nothing."
+            )
 
     def _place(self, adapter_name: str, config: GreenTrainerConfig, trained_by: TrainedBy) -> Placement:
         """Find the group of each tensor, and name the candidates that have none."""
@@ -293,6 +305,13 @@ class Allocator:
         )
         self.graph, self.importances, self.selection = graph, importances, selection
         _apply(self.model, adapter_name, selection.candidates & own, trained_by.optimizers, placed)
+        selected = selected_values(self.model, adapter_name)
+        of_tensor = {name: tensor_of(name) for name in selected}
+        self._watch.follow(
+            selected,
+            {name: placed.optimizers[tensor] for name, tensor in of_tensor.items()},
+            {name: placed.groups[tensor] for name, tensor in of_tensor.items()},
+        )
         return True
 
     def _nothing_to_choose(self, adapter_name: str, config: GreenTrainerConfig) -> bool:
@@ -321,21 +340,6 @@ def measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Par
         elif can_be_trained(parameter):
             name = base_name(name).replace(".base_layer.", ".").replace(f".modules_to_save.{adapter_name}.", ".")
             found.setdefault(name, parameter)
-    return found
-
-
-def outer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the modules around a base model train, such as a head: no name in the base model begins with OUTSIDE."""
-    inside, found = set(map(id, model.parameters())), {}
-    # The outermost first: there a parameter has its whole name.
-    outer = sorted(around(model, nn.Module), key=lambda module: -sum(1 for _ in module.modules()))
-    for module in outer:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad and can_be_trained(parameter) and id(parameter) not in inside:
-                inside.add(id(parameter))
-                name = OUTSIDE + without_wrappers(name)
-                # Two models around the same base, of which one may be of an earlier training.
-                found[name if name not in found else f"{name} ({len(found)})"] = parameter
     return found
 
 

@@ -14,7 +14,7 @@ of `named_parameters`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,15 +96,9 @@ class Placement:
 
     def why_left_out(self, candidates: Iterable[str]) -> str:
         """What to say of these candidates, which have no place, and what there is to do."""
-        of_reason: dict[str, list[str]] = {}
-        for name in sorted(set(map(tensor_of, candidates))):
-            of_reason.setdefault(self.left_out[name], []).append(name)
-        told = [
-            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({reason})"
-            for reason, names in of_reason.items()
-        ]
+        reasons = {name: self.left_out[name] for name in map(tensor_of, candidates)}
         return (
-            f"{'; '.join(told)}. Put the base tensors into the parameter groups too (model.named_parameters(), whether they "
+            f"{by_reason(reasons)}. Put the base tensors into the parameter groups too (model.named_parameters(), whether they "
             "require grad or not), hand over a list of all optimizers, or pass group_of=... to say which group of an "
             "optimizer a tensor belongs to. exclude_modules takes modules out of the selection without a warning."
         )
@@ -118,7 +112,7 @@ class Placement:
         tensors = _tensors(model, adapter_name)
         known = {t.name: next((at[id(p)] for p in (*t.values, t.base) if id(p) in at), None) for t in tensors}
         guess = _Guess(list(_places(optimizers)), tensors, known)
-        has_bases = any(id(t.base) in at for t in tensors)
+        has_bases = any(id(t.base) in at and not t.base.requires_grad for t in tensors)
         found: dict[str, _Place | str] = {}
         for t in tensors:
             has_value = any(id(value) in at for value in t.values)
@@ -204,6 +198,17 @@ class _Guess:
             return min(alike, key=lambda other: abs(self.order[other[0].name] - here))[1]
         by_decay = sorted(choices, key=lambda place: -place.group.get("weight_decay", 0.0))
         return by_decay[0 if tensor.decayed else -1]
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """The first few names for each reason."""
+    of_reason: dict[str, list[str]] = {}
+    for name, reason in sorted(reasons.items()):
+        of_reason.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({reason})"
+        for reason, names in of_reason.items()
+    )
 
 
 def list_of(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
