@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -74,7 +74,7 @@ class Allocator:
         self._measured: list[dict[str, Any]] | None = None  # what each rank's probe has so far
         self._passes_before = 0
         self._warned: set[str] = set()
-        self._optimizers = weakref.WeakSet()
+        self._optimizers: Set[torch.optim.Optimizer] = weakref.WeakSet()
         self._began = now()  # training, with these optimizers
         self._left_out: frozenset[str] = frozenset()
         self._watch = Watch()
@@ -83,7 +83,7 @@ class Allocator:
 
     def __getstate__(self) -> dict:
         # Copies of the model are not probed, and other optimizers train them.
-        return self.__dict__ | {"_probe": None, "_optimizers": weakref.WeakSet(), "_watch": Watch()}
+        return self.__dict__ | {"_probe": None, "_optimizers": frozenset(), "_watch": Watch()}
 
     def begin(self, step: int, optimizer: Optimizers, group_of: GroupOf | None = None) -> None:
         """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""

@@ -37,6 +37,9 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 # leave the tensor out.
 GroupOf = Callable[[str, Tensor], Group | None]
 
+# So many names are told in full.
+MANY = 10
+
 UNTAKEN = "no optimizer at hand takes such a tensor"
 ELSEWHERE = "another optimizer has it, which was not handed over"
 UNKNOWN = "no group has it, nor tells where it belongs"
@@ -201,14 +204,12 @@ class _Guess:
 
 
 def by_reason(reasons: Mapping[str, str]) -> str:
-    """The first few names for each reason."""
+    """The names for each reason, without the numbers of layers where there are many."""
     of_reason: dict[str, list[str]] = {}
     for name, reason in sorted(reasons.items()):
         of_reason.setdefault(reason, []).append(name)
-    return "; ".join(
-        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({reason})"
-        for reason, names in of_reason.items()
-    )
+    short = {r: names if len(names) <= MANY else dict.fromkeys(map(kind_of, names)) for r, names in of_reason.items()}
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in short.items())
 
 
 def list_of(optimizer: Optimizers) -> list[torch.optim.Optimizer]:

@@ -1,14 +1,12 @@
 """The adapted model is a part of what is trained: a classifier, an actor and critic, a list of modules."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from models import make_batch, make_model
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig
@@ -248,7 +246,9 @@ def test_a_base_with_two_adapters_is_one(tmp_path):
 
 def test_no_adapter_at_any_depth_is_refused(tmp_path):
     for model in (Classifier(make_model("bert-features")), Classifier(adapted(LoraConfig(target_modules=["query"])))):
-        with pytest.raises(ValueError, match=r"found no GreenTrainer adapter.*get_peft_model\(model, GreenTrainerConfig"):
+        with pytest.raises(
+            ValueError, match=r"found no GreenTrainer adapter.*get_peft_model\(model, GreenTrainerConfig"
+        ):
             make_trainer(tmp_path, model).train()
 
 
