@@ -17,5 +17,7 @@ T = TypeVar("T", bound=nn.Module)
 
 def around(model: nn.Module, cls: type[T]) -> list[T]:
     """The modules of this class, anywhere in the process, that `model` is a part of. Takes some milliseconds."""
-    wrappers = [o for o in gc.get_objects() if issubclass(type(o), cls)]
+    objects = gc.get_objects()
+    classes = {found for found in set(map(type, objects)) if issubclass(found, cls)}
+    wrappers = [o for o in objects if type(o) in classes]
     return [wrapper for wrapper in wrappers if any(module is model for module in wrapper.modules())]

@@ -290,9 +290,12 @@ def _order(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> dic
         for p, name in zip(place.group["params"], place.group.get("param_names", ()))
     }
 
+    inside = set(map(id, model.parameters()))
+    is_whole = not named and all(id(p) in inside for p in grouped)
+
     def agreement(module: nn.Module) -> tuple[int, int]:
         inside = {id(p): name for name, p in module.named_parameters()}
         return sum(id(p) in inside for p in grouped), len(named & set(inside.items()))
 
-    root = max([model, *around(model, nn.Module)], key=agreement)
+    root = model if is_whole else max(around(model, nn.Module), key=agreement)
     return {id(p): (i, name) for i, (name, p) in enumerate(root.named_parameters())}
