@@ -17,6 +17,7 @@ from collections.abc import Mapping, Set
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import nn
 
 from .checkpointing import REENTRANT, can_save
