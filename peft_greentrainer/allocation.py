@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -30,15 +31,26 @@ from .distributed import (
     rebuild_reducers,
     refuse_sharded,
 )
-from .forms import candidate_of
+from .forms import candidate_of, tensor_of
 from .importance import is_known, unwrapped, update_rule
 from .low_rank_forms import cost_of_updates, forms_of
 from .measure import CrossBatch, SameBatch
-from .param_groups import group_of, keep_in_step
+from .movement import Watch
+from .outside import OUTSIDE, outer_parameters
+from .param_groups import GroupOf, Optimizers, Placement, TrainedBy, by_reason, keep_in_step, list_of
 from .probe import Probe
 from .selection import Selection, everything_fits, select
+from .stepping import note_steps, now, stepped_since
 from .unreached import PATIENCE, Unreached
-from .values import candidates, layers, parameters_in_use, set_selection, set_trainable, set_values
+from .values import (
+    candidates,
+    layers,
+    parameters_in_use,
+    selected_values,
+    set_selection,
+    set_trainable,
+    set_values,
+)
 
 
 NOT_SEEN = (
@@ -78,18 +90,26 @@ class Allocator:
         self._turns_before = 0
         self._unreached = Unreached()
         self._warned: set[str] = set()
+        self._optimizers: Set[torch.optim.Optimizer] = weakref.WeakSet()
+        self._began = now()  # training, with these optimizers
+        self._left_out: frozenset[str] = frozenset()
+        self._watch = Watch()
+        self._looked = now()  # at what moves
+        note_steps()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_probe": None}  # copies of the model are not probed
+        # Copies of the model are not probed, and other optimizers train them.
+        return self.__dict__ | {"_probe": None, "_optimizers": frozenset(), "_watch": Watch()}
 
-    def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def begin(self, step: int, optimizer: Optimizers, group_of: GroupOf | None = None) -> None:
         """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""
         adapter_name, config = self._active_adapter()
+        trained_by = self._trained_by(optimizer, group_of)
         self._keep_saving()
         set_trainable(self.model, adapter_name, config.selected)
         rebuild_reducers(self.model)
         if self.selection is None and self._probe is None:
-            self._arm(optimizer)
+            self._arm(trained_by)
         self._last = step
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,9 +128,10 @@ class Allocator:
             "unreached": self._unreached.state_dict(),
         }
 
-    def resume(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    def resume(self, state: Mapping[str, Any], optimizer: Optimizers, group_of: GroupOf | None = None) -> None:
         """Go on where a run was stopped, with the values and the optimizer's state of its checkpoint loaded before."""
         adapter_name, config = self._active_adapter()
+        trained_by = self._trained_by(optimizer, group_of)
         self.end()
         self._keep_saving()
         set_selection(self.model, adapter_name, state["selected"])
@@ -123,14 +144,18 @@ class Allocator:
         if "unreached" in state:  # of which earlier versions kept nothing
             self._unreached.load_state_dict(state["unreached"])
         if state["probe"] is not None:
-            self._arm(optimizer)
+            self._arm(trained_by)
             self._probe.load_state_dict(of_this_rank(state["probe"]))
             self._turns_before = self._probe.turns
         rebuild_reducers(self.model)
 
-    def update(self, step: int, optimizer: torch.optim.Optimizer, epoch: int | None = None) -> None:
+    def update(
+        self, step: int, optimizer: Optimizers, epoch: int | None = None, group_of: GroupOf | None = None
+    ) -> None:
         """Select if the step that was just taken completed a probe; make the next step a probe if one is due."""
         adapter_name, config = self._active_adapter()
+        trained_by = self._trained_by(optimizer, group_of)
+        self._look()
         self._keep_saving()
         if config.was_reloaded():
             set_trainable(self.model, adapter_name, config.selected)
@@ -151,14 +176,14 @@ class Allocator:
             enough = all(of_all_ranks(self._probe.complete)) or self._nothing_to_choose(adapter_name, config)
             if enough and not self._waits_for_unreached(adapter_name, config):
                 measured, self._probe = self._probe, None
-                if self._select(measured, adapter_name, config, optimizer):
+                if self._select(measured, adapter_name, config, trained_by):
                     self._last = now
 
         interval = {"epoch": 1, "once": math.inf}.get(config.reselect, config.reselect)
         ahead = 0 if config.reselect == "epoch" else 1
         due = self.selection is None or now + ahead - self._last >= interval
         if self._probe is None and due:
-            self._arm(optimizer)
+            self._arm(trained_by)
         self._measured = None
         if self._probe is not None:
             self._turns_before = self._probe.turns
@@ -172,10 +197,11 @@ class Allocator:
             self._probe.end_turn()
 
     def end(self) -> None:
-        """Call off a probe that no further step will complete."""
+        """Call off a probe that no further step will complete, and follow no tensor any longer."""
         if self._probe is not None:
             self._probe.disarm()
             self._probe = None
+        self._watch.end()
 
     def _active_adapter(self) -> tuple[str, GreenTrainerConfig]:
         active = {name for layer in layers(self.model).values() for name in layer.active_adapters}
@@ -205,18 +231,51 @@ class Allocator:
         share = 1.0 if self.selection is None else self.selection.ratio
         return share if self._probe is None else self._probe.price(share) + cost_of_updates(self.model)
 
-    def _arm(self, optimizer: torch.optim.Optimizer) -> None:
+    def _trained_by(self, optimizer: Optimizers, group_of: GroupOf | None) -> TrainedBy:
+        optimizers = list_of(optimizer)
+        if set(optimizers) != set(self._optimizers):  # another training: who took steps before has no part in it
+            self._optimizers, self._began = weakref.WeakSet(optimizers), now()
+        own = [unwrapped(optimizer).param_groups for optimizer in optimizers]
+        stepped = stepped_since(self._began)
+        elsewhere = [other for other in stepped if not any(other.param_groups is groups for groups in own)]
+        return TrainedBy(optimizers, group_of, elsewhere)
+
+    def _look(self) -> None:
+        """Tell of tensors that have a gradient and did not move in the step that was just taken."""
+        still = self._watch.look(stepped_since(self._looked))
+        self._looked = now()
+        if still:
+            self._warn_once(
+                f"Selected tensors have a gradient and did not move in a step: {by_reason(still)}. Their share of the budget "
+                "is spent for nothing."
+            )
+
+    def _place(self, adapter_name: str, config: GreenTrainerConfig, trained_by: TrainedBy) -> Placement:
+        """Find the group of each tensor, and name the candidates that have none."""
+        placed = Placement.of(trained_by, self.model, adapter_name)
+        offered = candidates(self.model, config)
+        self._left_out = frozenset(name for name in offered if tensor_of(name) in placed.left_out)
+        if len(self._left_out) == len(offered):
+            raise ValueError(f"No candidate can be trained: {placed.why_left_out(self._left_out)}")
+        if self._left_out and trained_by.group_of is None:
+            self._warn_once(f"Some tensors are never selected: {placed.why_left_out(self._left_out)}")
+        return placed
+
+    def _arm(self, trained_by: TrainedBy) -> None:
         adapter_name, config = self._active_adapter()
-        refuse_sharded(self.model, optimizer)
-        groups = group_of(optimizer, self.model)
-        rates = {name: float(g.get("initial_lr", g["lr"]) or 0.0) for name, g in groups.items()}
+        for optimizer in trained_by.optimizers:
+            refuse_sharded(self.model, optimizer)
+        placed = self._place(adapter_name, config, trained_by)
+        rates = {name: float(g.get("initial_lr", g["lr"]) or 0.0) for name, g in placed.groups.items()}
         if not any(rates.values()):  # none given, or a warm-up that starts at zero; only proportions matter
             rates = dict.fromkeys(rates, 1.0)
-        rule = update_rule(optimizer)
-        if not is_known(optimizer):
-            self._warn_once(
-                f"Importance is that of the update which Adam would make; that of {type(unwrapped(optimizer)).__name__} is not known."
-            )
+        rules = {name: update_rule(optimizer) for name, optimizer in placed.optimizers.items()}
+        rule = update_rule(trained_by.optimizers[0])
+        for optimizer in trained_by.optimizers:
+            if not is_known(optimizer):
+                self._warn_once(
+                    f"Importance is that of the update which Adam would make; that of {type(unwrapped(optimizer)).__name__} is not known."
+                )
 
         parameters = measured_parameters(self.model, adapter_name)
         if config.provisional:  # factors that may be gone are measured like those that do not exist yet
@@ -225,27 +284,27 @@ class Allocator:
             forms = forms_of(self.model, adapter_name)
             no_gradient = set(forms.frozen.values())
             parameters = {name: p for name, p in parameters.items() if name not in no_gradient}
-            measure = CrossBatch(rule, rates, set(candidates(self.model, config)))
+            measure = CrossBatch(rule, rates, set(candidates(self.model, config)), rules)
             extra = {"forms": forms, "batches": config.importance_batches + 1}
         else:
-            measure, extra = SameBatch(rule, rates), {"batches": config.importance_batches}
+            measure, extra = SameBatch(rule, rates, rules), {"batches": config.importance_batches}
         self._probe = Probe(
             self.model,
             parameters,
             measure=measure,
             batch_size=config.probe_batch_size,
-            time_with=optimizer if config.budget == "seconds" else None,
+            time_with=trained_by.optimizers[0] if config.budget == "seconds" else None,
             **extra,
         )
         self._probe.arm()
         self._turns_before = 0
 
-    def _select(
-        self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, optimizer: torch.optim.Optimizer
-    ) -> bool:
+    def _select(self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, trained_by: TrainedBy) -> bool:
         probe.disarm()
         own = set(candidates(self.model, config))
         trained = {name for name in probe.trained() if candidate_of(name) not in own}
+        placed = self._place(adapter_name, config, trained_by)  # groups may have changed since the probe began
+        own -= self._left_out
         importances = mean_over_ranks(probe.importances())
         if not all(map(math.isfinite, importances.values())):
             self._warn_once(
@@ -273,13 +332,21 @@ class Allocator:
             return False
         self.importances = importances
         self.graph, self.selection = chosen
-        _apply(self.model, adapter_name, self.selection.candidates & own, optimizer)
+        _apply(self.model, adapter_name, self.selection.candidates & own, trained_by.optimizers, placed)
+        selected = selected_values(self.model, adapter_name)
+        of_tensor = {name: tensor_of(name) for name in selected}
+        self._watch.follow(
+            selected,
+            {name: placed.optimizers[tensor] for name, tensor in of_tensor.items()},
+            {name: placed.groups[tensor] for name, tensor in of_tensor.items()},
+        )
         return True
 
     def _waits_for_unreached(self, adapter_name: str, config: GreenTrainerConfig) -> bool:
         """Whether the probe goes on, since what it was to tell of got no gradient; what it has measured stays."""
         own, trained = set(candidates(self.model, config)), set(self._probe.trained())
-        always = {name for name in trained if candidate_of(name) not in own}
+        # A model around the base may be of an earlier training, and is not waited for.
+        always = {name for name in trained if candidate_of(name) not in own and not name.startswith(OUTSIDE)}
         # A provisional selection is made from sizes, and may have tensors that never get a gradient.
         selected = set() if config.provisional else {candidate_of(name) for name in trained} & own
         reached = self._probe.reached() & (own | always)
@@ -305,7 +372,7 @@ class Allocator:
         """Whether one pass was enough, since it tells that everything fits the budget."""
 
         def fits() -> bool:
-            offered = {*candidates(self.model, config), *self._probe.trained()}
+            offered = {*candidates(self.model, config), *self._probe.trained()} - self._left_out
             return not self._probe.reached().isdisjoint(offered) and everything_fits(
                 self._probe.graph(offered), config.rho
             )
@@ -319,14 +386,21 @@ class Allocator:
 
 
 def measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors; and the
-    factors of low-rank updates."""
-    return parameters_in_use(model, adapter_name)
+    """Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors; the
+    factors of low-rank updates; and what a model around the base trains."""
+    return outer_parameters(model) | parameters_in_use(model, adapter_name)
 
 
-def _apply(model: nn.Module, adapter_name: str, selected: frozenset[str], optimizer: torch.optim.Optimizer) -> None:
+def _apply(
+    model: nn.Module,
+    adapter_name: str,
+    selected: frozenset[str],
+    optimizer: Optimizers,
+    placed: Placement | None = None,
+) -> None:
     config = model.peft_config[adapter_name]
-    groups = group_of(optimizer, model)
+    optimizers = list_of(optimizer)
+    placed = placed or Placement.of(TrainedBy(optimizers), model, adapter_name)
     before = _values(model, adapter_name)
     # What the provisional selection trained was a stand-in for the first steps: unless selected now, it is forgotten.
     kept = set() if config.provisional else config.tensors.keys()
@@ -334,7 +408,7 @@ def _apply(model: nn.Module, adapter_name: str, selected: frozenset[str], optimi
     set_selection(model, adapter_name, selected)
     after = {id(value) for value in _values(model, adapter_name)}
     dropped = [value for value in before if id(value) not in after]
-    keep_in_step(optimizer, model, groups, adapter_name, dropped)
+    keep_in_step(optimizers, model, placed.groups, adapter_name, dropped)
     rebuild_reducers(model)
 
 

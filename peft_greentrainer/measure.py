@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Mapping, Set
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -53,14 +54,19 @@ class SameBatch:
     Args:
         rule: see `update_rule`.
         rates: the learning rate by tensor; 1 where it is not given, since only proportions matter.
+        rules: the rule by tensor, where it is not `rule`: several optimizers have one each.
     """
 
-    def __init__(self, rule: UpdateRule, rates: Mapping[str, float]) -> None:
+    def __init__(
+        self, rule: UpdateRule, rates: Mapping[str, float], rules: Mapping[str, UpdateRule] = MappingProxyType({})
+    ) -> None:
         self.rule = rule
         self.rates = rates
+        self.rules = rules
 
     def __call__(self, name: str, grad: Tensor) -> dict[str, Tensor]:
-        return {name: importance(grad, self.rule, self.rates.get(name, 1.0), sum_type(grad.device))}
+        rule, lr = self.rules.get(name, self.rule), self.rates.get(name, 1.0)
+        return {name: importance(grad, rule, lr, sum_type(grad.device))}
 
     def reset(self) -> None:
         pass
@@ -81,11 +87,19 @@ class CrossBatch:
         rule: see `update_rule`.
         rates: the learning rate by tensor; 1 where it is not given.
         candidates: what may be trained; other gradients tell nothing.
+        rules: the rule by tensor, where it is not `rule`.
     """
 
-    def __init__(self, rule: UpdateRule, rates: Mapping[str, float], candidates: Set[str]) -> None:
+    def __init__(
+        self,
+        rule: UpdateRule,
+        rates: Mapping[str, float],
+        candidates: Set[str],
+        rules: Mapping[str, UpdateRule] = MappingProxyType({}),
+    ) -> None:
         self.rule = rule
         self.rates = rates
+        self.rules = rules
         self.candidates = candidates
         self._updates: dict[str, Tensor] = {}
 
@@ -101,7 +115,8 @@ class CrossBatch:
         at = torch.linspace(0, len(entries) - 1, SAMPLE, dtype=torch.float64, device=grad.device).long()
         sample = (entries if len(entries) <= SAMPLE else entries[at]).to(sum_type(grad.device))
         update = self._updates.get(name)
-        self._updates[name] = sample.sign().to(torch.int8) if self.rule == "adam" else sample.to(torch.bfloat16)
+        dtype = self._dtype(name)
+        self._updates[name] = (sample.sign() if dtype == torch.int8 else sample).to(dtype)
         if update is None:
             return sample.new_zeros(())
         return (update.to(sample.device) * sample).sum() * (len(entries) / len(sample))
@@ -113,8 +128,11 @@ class CrossBatch:
         return {name: _encoded(update) for name, update in self._updates.items()}
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:
-        dtype = torch.int8 if self.rule == "adam" else torch.bfloat16
-        self._updates = {name: _decoded(text, dtype) for name, text in state.items()}
+        self._updates = {name: _decoded(text, self._dtype(name)) for name, text in state.items()}
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """What an update is kept in: Adam's is a sign."""
+        return torch.int8 if self.rules.get(tensor_of(name), self.rule) == "adam" else torch.bfloat16
 
 
 def _encoded(tensor: Tensor) -> str:

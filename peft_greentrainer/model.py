@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from peft import PeftModel
@@ -70,7 +70,14 @@ class GreenTrainerModel(BaseTuner):
     tuner_layer_cls = GreenTrainerLayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    def update_and_allocate(self, step: int, optimizer: torch.optim.Optimizer, *, epoch: Optional[int] = None) -> None:
+    def update_and_allocate(
+        self,
+        step: int,
+        optimizer: Union[torch.optim.Optimizer, Sequence[torch.optim.Optimizer]],
+        *,
+        epoch: Optional[int] = None,
+        group_of: Optional[Callable[[str, Tensor], Optional[dict[str, Any]]]] = None,
+    ) -> None:
         """
         Call this in every step, after `optimizer.step()` and before `optimizer.zero_grad()`. When a selection is due
         it makes the next step a probe, and after the probe it selects and keeps the optimizer's groups in step.
@@ -83,16 +90,21 @@ class GreenTrainerModel(BaseTuner):
 
         Args:
             step (`int`): The number of the step that was just taken.
-            optimizer (`torch.optim.Optimizer`): The optimizer; it stays the same object.
+            optimizer (`torch.optim.Optimizer` or a list of them): The optimizers of this model. They stay the same
+                objects; tensors of optimizers that are not handed over are not selected.
             epoch (`int`, *optional*): The number of the epoch; needed for `reselect="epoch"`.
+            group_of (`Callable`, *optional*): Says which parameter group a tensor belongs to, where neither it nor its base
+                tensor is in one: its name in the base model and the base tensor in, one of the `param_groups` out, or None
+                to leave the tensor out.
 
         Raises:
-            ValueError: `rho` under the floor; two active adapters; `reselect="epoch"` without `epoch`.
+            ValueError: `rho` under the floor; two active adapters; `reselect="epoch"` without `epoch`; no optimizer takes
+                any candidate; `group_of` returns what is no group, or one that does not take the tensor.
         """
         # The adapter knows nothing of cost: what joins the two is imported when training asks for it.
         from .allocation import allocator_of
 
-        allocator_of(self.model).update(step, optimizer, epoch)
+        allocator_of(self.model).update(step, optimizer, epoch, group_of)
 
     @property
     def selection(self):

@@ -149,6 +149,18 @@ def set_trainable(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -
             layer.set_selected(adapter_name, selected, trainable=active and not config.inference_mode)
 
 
+def selected_values(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """What an adapter trains now: values and factors, by their names in the base model."""
+    of_layers = {key: layer.greentrainer_values for key, layer in layers(model).items()}
+    return {
+        f"{key}.{name}": value
+        for key, of_layer in of_layers.items()
+        if adapter_name in of_layer
+        for name, value in of_layer[adapter_name].items()
+        if value.requires_grad
+    }
+
+
 def warn_if_never_selected(model: nn.Module, adapter_name: str) -> None:
     config = model.peft_config[adapter_name]
     if not (config.provisional and config.init_weights) or config.spent:  # it is being selected
