@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .checkpointing import REENTRANT, can_save
+from .checks import refuse_replaced
 from .config import GreenTrainerConfig
 from .cost import CostGraph
 from .distributed import (
@@ -352,6 +353,7 @@ class Allocator:
         reached = self._probe.reached() & (own | always)
         if not self._unreached.waits(always | selected, reached, reaches_any=bool(reached & own)):
             return False
+        refuse_replaced(own, layers(self.model))  # which would be waited for in vain
         self._probe.go_on()
         missing = [name for name in self._unreached.missing if name not in self._warned]
         self._warned.update(missing)
