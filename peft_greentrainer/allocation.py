@@ -39,7 +39,7 @@ from .param_groups import group_of, keep_in_step
 from .probe import Probe
 from .selection import Selection, everything_fits, select
 from .trainable import can_be_trained
-from .values import candidates, layers, set_selection, set_trainable, set_values
+from .values import candidates, follow_layers, layers, set_selection, set_trainable, set_values
 
 
 def allocator_of(model: nn.Module) -> Allocator:
@@ -79,6 +79,7 @@ class Allocator:
         """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""
         adapter_name, config = self._active_adapter()
         self._keep_saving()
+        self._settle()
         set_trainable(self.model, adapter_name, config.selected)
         rebuild_reducers(self.model)
         if self.selection is None and self._probe is None:
@@ -105,8 +106,9 @@ class Allocator:
         adapter_name, config = self._active_adapter()
         self.end()
         self._keep_saving()
-        set_selection(self.model, adapter_name, state["selected"])
-        config.provisional, config.spent = state["provisional"], state["spent"]
+        self._settle()
+        set_selection(self.model, adapter_name, state["selected"], state["provisional"])
+        config.spent = state["spent"]
         kept = state["selection"]
         of_sets = kept and {name: frozenset(kept.get(name, ())) for name in ("tensors", "low_rank")}
         self.selection = kept and Selection(**kept | of_sets)
@@ -182,6 +184,12 @@ class Allocator:
             self._config = config
         return adapter_name, config
 
+    def _settle(self) -> None:
+        """What was loaded or cast since the last pass is as it will be trained, before anything is measured."""
+        follow_layers(self.model)
+        for layer in layers(self.model).values():
+            layer.settle()
+
     def _keep_saving(self) -> None:
         if not can_save(self.model):  # in every step: hooks may be installed at any time
             self._warn_once(REENTRANT)
@@ -193,6 +201,7 @@ class Allocator:
 
     def _arm(self, optimizer: torch.optim.Optimizer) -> None:
         adapter_name, config = self._active_adapter()
+        self._settle()
         refuse_sharded(self.model, optimizer)
         groups = group_of(optimizer, self.model)
         rates = {name: float(g.get("initial_lr", g["lr"]) or 0.0) for name, g in groups.items()}

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .forms import candidate_of
+from .state import EXTRA
 
 
 VALUES = ".greentrainer_values."
@@ -50,6 +51,11 @@ def candidate_of_key(key: str) -> str:
     """The candidate that an entry of the file belongs to, by its name in the base model."""
     module, _, value = base_name(key).partition(VALUES)
     return candidate_of(f"{module}.{value}")
+
+
+def candidates_in(state_dict: Iterable[str]) -> list[str]:
+    """The candidates that have an entry in a file or a state dict, by their names in the base model."""
+    return list(dict.fromkeys(candidate_of_key(k) for k in state_dict if VALUES in k and not k.endswith(EXTRA)))
 
 
 def fingerprint(tensor: Tensor, tied: Sequence[str] = ()) -> dict[str, Any]:

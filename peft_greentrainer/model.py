@@ -18,9 +18,8 @@ from .checks import refuse_offloaded, refuse_wrapped_heads, tell_of_quantized
 from .config import GreenTrainerConfig
 from .delta import (
     ELSEWHERE,
-    VALUES,
     base_name,
-    candidate_of_key,
+    candidates_in,
     check_fingerprint,
     fingerprint,
     without_wrappers,
@@ -31,13 +30,15 @@ from .layer import GreenTrainerLayer
 from .linear import GreenTrainerLinear, wrap
 from .low_rank_update import LowRankForm
 from .provisional import provisional_selection
+from .state import EXTRA
 from .targets import TASK_HEADS, matches, plan_wrappers
 from .values import (
     add_value,
     candidate_tensors,
+    follow_layers,
     layers,
+    let_all_require_grad,
     set_selection,
-    set_trainable,
     set_values,
     warn_if_never_selected,
 )
@@ -124,12 +125,13 @@ class GreenTrainerModel(BaseTuner):
             self.peft_config[adapter_name] = config = dataclasses.replace(config, spent=None)
         config.take_for_a_model()
         if state_dict is not None:
-            names = [candidate_of_key(key) for key in state_dict if VALUES in key]
-            config.tensors = {name: (config.tensors or {}).get(name) for name in names}
+            config.tensors = {name: (config.tensors or {}).get(name) for name in candidates_in(state_dict)}
             config.provisional = False
         # Which modules to wrap follows from the config also where the file is at hand: tied tensors are read by
         # modules that the file does not name.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        if follow_layers not in model._load_state_dict_post_hooks.values():
+            model.register_load_state_dict_post_hook(follow_layers)
 
     def _prepare_adapter_config(self, peft_config: GreenTrainerConfig, model_config: dict) -> GreenTrainerConfig:
         heads = TASK_HEADS.get(peft_config.task_type, ())
@@ -208,7 +210,7 @@ class GreenTrainerModel(BaseTuner):
                 add_value(layer, adapter_name, candidate, peft_config.init_weights)
         trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
         selected = {name for name, candidate in candidates.items() if candidate in peft_config.selected}
-        layer.set_selected(adapter_name, selected, trainable)
+        layer.set_selected(adapter_name, selected, trainable, peft_config.provisional)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         for holder, name in self._holders[id(child)]:
@@ -233,6 +235,9 @@ class GreenTrainerModel(BaseTuner):
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
             warn_if_never_selected(self.model, adapter_name)
+        hooks = self.model._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is follow_layers]:
+            del hooks[key]
         return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
 
     def _refuse_broken(self, adapter_names: Optional[list[str]]) -> None:
@@ -252,20 +257,25 @@ class GreenTrainerModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        follow_layers(_base_of(model))
         warn_if_never_selected(model, adapter_name)
+        state_dict = {key: value for key, value in state_dict.items() if not key.endswith(f".{EXTRA}")}
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        in_file = {candidate_of_key(key) for key in state_dict if VALUES in key}
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        in_file = set(candidates_in(state_dict))
+        base = _base_of(model)
         if in_file != set(config.tensors):  # a checkpoint of a run whose selection has changed since
             set_values(base, adapter_name, in_file)
             set_selection(base, adapter_name, in_file)
         elif config.loaded_again():
-            # Every tensor in a checkpoint is trainable until training begins: the optimizer's state is loaded by position.
-            set_trainable(base, adapter_name, in_file)
+            let_all_require_grad(base, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _viewed(get_embeddings: Callable[[], Optional[nn.Module]]) -> Optional[nn.Module]:
