@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .averaging import update_averages
 from .checkpointing import REENTRANT, can_save
 from .config import GreenTrainerConfig
 from .cost import CostGraph
@@ -305,6 +306,7 @@ def _apply(model: nn.Module, adapter_name: str, selected: frozenset[str], optimi
     dropped = [value for value in before if id(value) not in after]
     keep_in_step(optimizer, model, groups, adapter_name, dropped)
     rebuild_reducers(model)
+    update_averages(model)
 
 
 def _values(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:

@@ -178,6 +178,21 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
             self._undo_casts(adapter)  # what is loaded into them is not rounded
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def have_values_of(self, other: GreenTrainerLayer) -> None:
+        """Have the values that the same module of another copy of the model has: new ones start at the base tensor."""
+        for adapter, values in other.greentrainer_values.items():
+            if adapter not in self.greentrainer_values:
+                raise ValueError(
+                    f"The copy of the model was made before the adapter '{adapter}' was added: make it anew."
+                )
+            here, there = set(self.candidates_with_values(adapter)), set(other.candidates_with_values(adapter))
+            for candidate in here - there:
+                self.drop_value(adapter, candidate)
+            for candidate in sorted(there - here):
+                self._create_value(adapter, candidate)
+            self._undo_casts(adapter)
+            self.greentrainer_values[adapter].note_selected(values.selected_candidates, values.is_provisional)
+
     def _create_value(self, adapter_name: str, candidate: str) -> bool:
         """Create the value of a candidate that a state names, if this module can have it."""
         can = candidate in self.base_layer._parameters and candidate not in self._tied

@@ -81,8 +81,12 @@ class GreenTrainerLinear(GreenTrainerLayer):
         form = self._forms[adapter_name]
         can = tensor_of(candidate) == "weight" and form is not None and form.rank > 0
         if can:
-            self.add_factors(adapter_name, candidate)
+            self.add_factors(adapter_name, candidate, seed=self._seeds.get(adapter_name, 0))
         return can
+
+    def have_values_of(self, other: GreenTrainerLayer) -> None:
+        self._seeds = dict(other._seeds)
+        super().have_values_of(other)
 
     def all_factors(self) -> Iterator[nn.Parameter]:
         """The factors of all adapters."""

@@ -13,7 +13,6 @@ from test_adapter import outputs, train_a_little
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
 
 from peft_greentrainer import GreenTrainerConfig
 from peft_greentrainer.allocation import allocator_of
