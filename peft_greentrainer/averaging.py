@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .layer import GreenTrainerLayer
+from .loading import is_followed
 from .values import follow_layers, layers
 
 
@@ -68,7 +69,7 @@ def have_same_values(average: nn.Module, model: nn.Module) -> None:
     for mine, theirs in zip(layers(average).values(), layers(model).values(), strict=True):
         mine.have_values_of(theirs)
     for module in average.modules():
-        if follow_layers in module._load_state_dict_post_hooks.values():
+        if is_followed(module):
             follow_layers(module)
 
 

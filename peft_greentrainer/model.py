@@ -28,6 +28,7 @@ from .embeddings import EmbeddingView
 from .forms import is_low_rank, low_rank_form
 from .layer import GreenTrainerLayer
 from .linear import GreenTrainerLinear, wrap
+from .loading import follow_loading, stop_following
 from .low_rank_update import LowRankForm
 from .provisional import provisional_selection
 from .state import EXTRA
@@ -130,8 +131,7 @@ class GreenTrainerModel(BaseTuner):
         # Which modules to wrap follows from the config also where the file is at hand: tied tensors are read by
         # modules that the file does not name.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        if follow_layers not in model._load_state_dict_post_hooks.values():
-            model.register_load_state_dict_post_hook(follow_layers)
+        follow_loading(model)
 
     def _prepare_adapter_config(self, peft_config: GreenTrainerConfig, model_config: dict) -> GreenTrainerConfig:
         heads = TASK_HEADS.get(peft_config.task_type, ())
@@ -235,9 +235,7 @@ class GreenTrainerModel(BaseTuner):
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
             warn_if_never_selected(self.model, adapter_name)
-        hooks = self.model._load_state_dict_post_hooks
-        for key in [key for key, hook in hooks.items() if hook is follow_layers]:
-            del hooks[key]
+        stop_following(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
 
     def _refuse_broken(self, adapter_names: Optional[list[str]]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Set
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -108,7 +107,7 @@ def set_trainable(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -
             layer.set_selected(adapter_name, selected, trainable, config.provisional)
 
 
-def follow_layers(model: nn.Module, _: Any = None) -> None:
+def follow_layers(model: nn.Module) -> None:
     """Write in the configs what the layers hold, into which a state dict was loaded."""
     for adapter_name, config in getattr(model, "peft_config", {}).items():
         wrappers = {key: layer for key, layer in layers(model).items() if adapter_name in layer.greentrainer_values}

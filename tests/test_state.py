@@ -13,6 +13,7 @@ from test_adapter import outputs, train_a_little
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_greentrainer import GreenTrainerConfig
 from peft_greentrainer.allocation import allocator_of
@@ -131,8 +132,8 @@ class Container(nn.Module):
         super().__init__()
         self.model, self.head = model, nn.Linear(96, 2)
 
-    def forward(self, labels=None, **batch):
-        logits = self.head(self.model(**batch).logits.mean(1))
+    def forward(self, input_ids, labels, **_):
+        logits = self.head(self.model(input_ids).logits.mean(1))
         return {"loss": nn.functional.cross_entropy(logits, labels[:, 0] % 2), "logits": logits}
 
 
@@ -236,7 +237,7 @@ def test_copies_and_states_that_were_cast(tmp_path):
     torch.save(model, tmp_path / "model")
     check_same(torch.load(tmp_path / "model", weights_only=False), model)
     merged = model.merge_and_unload()
-    assert not merged._load_state_dict_post_hooks
+    assert not merged._load_state_dict_pre_hooks and not merged._load_state_dict_post_hooks
     plain = make_model("llama")
     plain.load_state_dict(merged.state_dict())
     assert torch.equal(outputs(plain, "llama"), outputs(merged, "llama"))
@@ -312,3 +313,182 @@ def test_after_loading_all_have_a_place_in_an_optimizer_and_only_what_is_selecte
         if name.replace("base_model.model.", "").replace(".greentrainer_values.default", "") in config.selected
     }
     assert {name for name, p in new.named_parameters() if p.grad is not None} <= set(selected)
+
+
+@pytest.mark.parametrize("config", [{}, {"low_rank": 4}], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("step", [3, 4])
+def test_an_optimizer_that_was_made_before_loading_is_kept_in_step(step, groups, config):
+    def make_optimizer(model):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if groups == 1:
+            return torch.optim.AdamW(parameters, lr=1e-2)
+        norms, others = ([p for p in parameters if (p.dim() == 1) == one] for one in (True, False))
+        return torch.optim.AdamW([{"params": others}, {"params": norms, "weight_decay": 0.0}], lr=1e-2)
+
+    def go_on(model, optimizer, begin, end):
+        losses = []
+        for step in range(begin, end):
+            loss = model(**make_batch("llama", seed=step)).loss
+            loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step, optimizer)
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    model = make(**config)
+    optimizer = make_optimizer(model)
+    go_on(model, optimizer, 0, step)
+    state, of_optimizer = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    of_allocator = json.loads(json.dumps(allocator_of(model.get_base_model()).state_dict()))
+    expected = go_on(model, optimizer, step, 8)
+
+    new = make(**config)
+    optimizers = [make_optimizer(new)]
+    for resumed, optimizer in ((new, optimizers[0]), (copy.deepcopy(model), None), (new, optimizers[0])):
+        optimizer = optimizer or make_optimizer(resumed)  # of a model that has a probe before it
+        resumed.load_state_dict(state)
+        optimizer.load_state_dict(copy.deepcopy(of_optimizer))  # which keeps the tensors that it is given
+        allocator_of(resumed.get_base_model()).resume(of_allocator, optimizer)
+        assert go_on(resumed, optimizer, step, 8) == expected
+        check_same(resumed, model)
+        resumed.train()
+
+
+def test_a_state_is_restored_in_the_middle_of_a_loop():
+    model = make(reselect=3)
+    loop = Loop(model).run(2)
+    kept = copy.deepcopy(model.state_dict())
+    expected = outputs(model, "llama")
+    model.train()
+    loop.run(5)
+    model.load_state_dict(kept)
+    assert torch.equal(outputs(model, "llama"), expected)
+    model.train()
+    in_groups = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
+    assert in_groups == {id(p) for name, p in model.named_parameters() if "greentrainer_values" in name}
+    loop.run(5)
+    assert 0 < loop.selection.ratio <= 0.7
+    selected = {name for name, p in model.named_parameters() if p.requires_grad and "greentrainer_values" in name}
+    assert len(selected) == len(model.peft_config["default"].selected)
+
+
+def test_accelerates_states(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+
+    def prepare():
+        model = make()
+        accelerator = accelerate.Accelerator(cpu=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        return accelerator, *accelerator.prepare(model, optimizer)
+
+    accelerator, model, optimizer = prepare()
+    for step in range(5):
+        accelerator.backward(model(**make_batch("llama", seed=step)).loss)
+        optimizer.step()
+        model.base_model.update_and_allocate(step, optimizer)
+        optimizer.zero_grad()
+    accelerator.save_state(tmp_path)
+    accelerate.state.AcceleratorState._reset_state(True)
+    other, new, other_optimizer = prepare()
+    other.load_state(tmp_path)
+    check_same(new, model)
+    state, expected = (o.optimizer.state_dict()["state"] for o in (other_optimizer, optimizer))
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[i]["exp_avg"], expected[i]["exp_avg"]) for i in state)
+
+
+def fit(path, steps, checkpoint=None, kept=True):
+    """A Lightning run; with `kept` the allocator's state is in its checkpoints too, made after each step's update."""
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Tuning(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.losses = make(reselect=3).train(), []
+
+        def training_step(self, batch, index):
+            loss = self.model(**batch).loss
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
+
+        def on_train_batch_end(self, outputs, batch, index):
+            if not kept:
+                self.model.base_model.update_and_allocate(self.global_step, self.optimizers().optimizer)
+
+    class Allocation(
+        lightning.Callback
+    ):  # Lightning saves after all other callbacks, and before the module's own hook
+        loaded = None
+
+        def state_dict(self):
+            return {"json": json.dumps(allocator_of(tuning.model.get_base_model()).state_dict())}
+
+        def load_state_dict(self, state):
+            self.loaded = json.loads(state["json"])
+
+        def on_train_start(self, trainer, module):
+            if self.loaded:
+                allocator_of(module.model.get_base_model()).resume(self.loaded, trainer.optimizers[0])
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            module.model.base_model.update_and_allocate(trainer.global_step, trainer.optimizers[0])
+
+    torch.manual_seed(0)
+    tuning = Tuning()
+    data = [{name: value[i] for name, value in make_batch("llama", rows=4).items()} for i in range(4)]
+    saved = ModelCheckpoint(path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[saved, Allocation()] if kept else [saved],
+    )
+    trainer.fit(tuning, torch.utils.data.DataLoader(data, batch_size=4), ckpt_path=checkpoint)
+    return tuning
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_lightning_resumes(kept, tmp_path):
+    whole = fit(tmp_path, 12, kept=kept)
+    checkpoint = str(tmp_path / "step=8.ckpt")
+    new = make(reselect=3)
+    nn.ModuleDict({"model": new}).load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    resumed = fit(tmp_path / "resumed", 12, checkpoint, kept)
+    assert resumed.losses[0] == whole.losses[8]
+    if kept:
+        assert resumed.losses == whole.losses[8:]
+        check_same(resumed.model, whole.model)
+    assert set(new.peft_config["default"].tensors) <= set(resumed.model.peft_config["default"].tensors)
+
+
+class Update(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **_):
+        allocator_of(model.model.get_base_model()).update(state.global_step, optimizer)
+
+
+def test_a_state_that_transformers_saves_of_a_container(tmp_path):
+    def make_trainer(steps):
+        rows = [{"input_ids": torch.arange(8) + i, "labels": torch.zeros(8, dtype=torch.long)} for i in range(4)]
+        arguments = TrainingArguments(
+            tmp_path, max_steps=steps, save_steps=1, learning_rate=1e-2, use_cpu=True, report_to=[]
+        )
+        return Trainer(Container(make()), arguments, train_dataset=rows, callbacks=[Update()])
+
+    trainer = make_trainer(5)
+    trainer.train()
+    new = Container(make())
+    new.load_state_dict(load_file(tmp_path / "checkpoint-5" / "model.safetensors"))
+    check_same(new.model, trainer.model.model)
+    assert not new.model.peft_config["default"].provisional
+    resumed = make_trainer(8)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert 0 < resumed.model.model.base_model.selection.ratio <= 0.7
+    assert resumed.state.global_step == 8
