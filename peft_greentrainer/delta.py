@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .forms import candidate_of
-from .state import EXTRA
 
 
 VALUES = ".greentrainer_values."
@@ -55,7 +54,7 @@ def candidate_of_key(key: str) -> str:
 
 def candidates_in(state_dict: Iterable[str]) -> list[str]:
     """The candidates that have an entry in a file or a state dict, by their names in the base model."""
-    return list(dict.fromkeys(candidate_of_key(k) for k in state_dict if VALUES in k and not k.endswith(EXTRA)))
+    return list(dict.fromkeys(candidate_of_key(k) for k in state_dict if VALUES in k))
 
 
 def fingerprint(tensor: Tensor, tied: Sequence[str] = ()) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .forms import candidate_of, tensor_of
 from .lock import Lock
-from .state import EXTRA, Values
+from .state import EXTRA_STATE, Selection, Values, read
 from .trainable import can_be_trained
 
 
@@ -48,6 +48,7 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.greentrainer_values = nn.ModuleDict()
+        self.selection_of_values = Selection(self.greentrainer_values)
         self.merged_adapters = []
         self._lock = Lock()
         self._tied: dict[str, tuple[GreenTrainerLayer, str]] = {}
@@ -165,12 +166,12 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         return self.base_data(name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        told = read(state_dict[prefix + EXTRA_STATE]) if prefix + EXTRA_STATE in state_dict else {}
         for adapter, values in self.greentrainer_values.items():
             start = f"{prefix}greentrainer_values.{adapter}."
-            names = {key.removeprefix(start) for key in state_dict if key.startswith(start)}
-            named = {candidate_of(name) for name in names - {EXTRA}}
+            named = {candidate_of(key.removeprefix(start)) for key in state_dict if key.startswith(start)}
             here = set(self.candidates_with_values(adapter))
-            for candidate in (here - named) if EXTRA in names else ():
+            for candidate in (here - named) if adapter in told else ():
                 self.drop_value(adapter, candidate)
             for candidate in sorted(named - here):
                 if self._create_value(adapter, candidate):

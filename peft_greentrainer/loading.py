@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .param_groups import group_of, keep_in_step
-from .state import EXTRA
+from .state import EXTRA_STATE
 from .values import follow_layers, layers
 
 
@@ -41,7 +41,7 @@ def stop_following(model: nn.Module) -> None:
 
 def _before_loading(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     model._greentrainer_optimizers = []
-    if not any(key.startswith(prefix) and key.endswith(f".{EXTRA}") for key in state_dict):
+    if not any(key.startswith(prefix) and key.endswith(f".{EXTRA_STATE}") for key in state_dict):
         return
     if hasattr(model, "_greentrainer_allocator"):
         model._greentrainer_allocator.end()  # what it was going to measure may be gone

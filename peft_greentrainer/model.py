@@ -31,7 +31,7 @@ from .linear import GreenTrainerLinear, wrap
 from .loading import follow_loading, stop_following
 from .low_rank_update import LowRankForm
 from .provisional import provisional_selection
-from .state import EXTRA
+from .state import EXTRA_STATE
 from .targets import TASK_HEADS, matches, plan_wrappers
 from .values import (
     add_value,
@@ -257,7 +257,7 @@ class GreenTrainerModel(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         follow_layers(_base_of(model))
         warn_if_never_selected(model, adapter_name)
-        state_dict = {key: value for key, value in state_dict.items() if not key.endswith(f".{EXTRA}")}
+        state_dict = {key: value for key, value in state_dict.items() if not key.endswith(f".{EXTRA_STATE}")}
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod

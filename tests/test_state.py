@@ -130,7 +130,7 @@ def test_pefts_files_and_the_base_state_are_as_they_were(save_embedding_layers):
 class Container(nn.Module):
     def __init__(self, model):
         super().__init__()
-        self.model, self.head = model, nn.Linear(96, 2)
+        self.head, self.model = nn.Linear(96, 2), model
 
     def forward(self, input_ids, labels, **_):
         logits = self.head(self.model(input_ids).logits.mean(1))
