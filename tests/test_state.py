@@ -378,6 +378,7 @@ def test_accelerates_states(tmp_path):
     accelerate = pytest.importorskip("accelerate")
 
     def prepare():
+        accelerate.state.AcceleratorState._reset_state(True)  # which a Trainer of another test has made
         model = make()
         accelerator = accelerate.Accelerator(cpu=True)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -390,7 +391,6 @@ def test_accelerates_states(tmp_path):
         model.base_model.update_and_allocate(step, optimizer)
         optimizer.zero_grad()
     accelerator.save_state(tmp_path)
-    accelerate.state.AcceleratorState._reset_state(True)
     other, new, other_optimizer = prepare()
     other.load_state(tmp_path)
     check_same(new, model)
