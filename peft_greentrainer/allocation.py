@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -397,12 +397,10 @@ def _apply(
     model: nn.Module,
     adapter_name: str,
     selected: frozenset[str],
-    optimizer: Optimizers,
-    placed: Placement | None = None,
+    optimizers: Sequence[torch.optim.Optimizer],
+    placed: Placement,
 ) -> None:
     config = model.peft_config[adapter_name]
-    optimizers = list_of(optimizer)
-    placed = placed or Placement.of(TrainedBy(optimizers), model, adapter_name)
     before = _values(model, adapter_name)
     # What the provisional selection trained was a stand-in for the first steps: unless selected now, it is forgotten.
     kept = set() if config.provisional else config.tensors.keys()

@@ -26,6 +26,7 @@ from .delta import base_name
 from .forms import tensor_of
 from .layer import GreenTrainerLayer, bare
 from .linear import names_of_both
+from .same_class import Inside
 from .trainable import can_be_trained
 
 
@@ -110,7 +111,7 @@ def readers(model: nn.Module, plan: WrapperPlan) -> Iterator[tuple[nn.Module, st
     """The modules that are not wrapped and hold a candidate tensor of one that is: each, its name there, and the owner's."""
     owned = {id(tensor): (key, name) for key, (own, _) in plan.items() for name, tensor in own.items()}
     for key, module in model.named_modules():
-        if key not in plan and key.removesuffix(".base_layer") not in plan:
+        if key not in plan and not isinstance(module, Inside):
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 if id(parameter) in owned:
                     yield module, name, *owned[id(parameter)]

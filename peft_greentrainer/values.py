@@ -48,12 +48,8 @@ def parameters_in_use(model: nn.Module, adapter_name: str) -> dict[str, nn.Param
                 found[base_name(f"{name}.{tensor}")] = value
             return walk(name, module.base_layer)
         if isinstance(module, ModulesToSaveWrapper):
-            return walk(
-                name,
-                module.modules_to_save[adapter_name]
-                if adapter_name in module.modules_to_save
-                else module.original_module,
-            )
+            saved = module.modules_to_save
+            return walk(name, saved[adapter_name] if adapter_name in saved else module.original_module)
         for tensor, parameter in module.named_parameters(prefix=name, recurse=False):
             if can_be_trained(parameter) and id(parameter) not in seen:
                 seen.add(id(parameter))

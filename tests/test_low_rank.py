@@ -19,6 +19,7 @@ from peft_greentrainer.forms import factors, is_low_rank, low_rank_form, tensor_
 from peft_greentrainer.formulas import flop_counter
 from peft_greentrainer.low_rank_update import LowRankForm
 from peft_greentrainer.measure import CrossBatch
+from peft_greentrainer.param_groups import Placement, TrainedBy
 from peft_greentrainer.values import candidates, layers
 
 
@@ -186,7 +187,9 @@ def test_what_was_learned_in_either_form_stays():
     for selected in ({low_rank_form(name)}, {name}, {low_rank_form(name)}, {"model.norm.weight"}):
         loop.model.eval()
         before = outputs(loop.model, "llama")
-        _apply(loop.model.get_base_model(), "default", frozenset(selected), loop.optimizer)
+        base = loop.model.get_base_model()
+        placed = Placement.of(TrainedBy([loop.optimizer]), base, "default")
+        _apply(base, "default", frozenset(selected), [loop.optimizer], placed)
         assert torch.equal(outputs(loop.model, "llama"), before)
         trained = {n for n, p in loop.model.named_parameters() if p.requires_grad}
         assert len(trained) == len(selected) + sum(map(is_low_rank, selected))
