@@ -1,5 +1,7 @@
 """The loops that people have: options of the Trainer, trl, accelerate, compiled models, scalers and optimizers."""
 
+import re
+
 import pytest
 import torch
 import transformers as tr
@@ -99,7 +101,7 @@ def log_likelihood(outputs, labels, num_items_in_batch=None):
             for kind in SchedulerType
         ),
     ],
-    ids=str,
+    ids=lambda options: re.sub(r" at 0x\w+", "", str(options)),  # two workers have to name them alike
 )
 def test_options_of_the_trainer(options, tmp_path):
     trainer = make_trainer(tmp_path, **options)
