@@ -11,6 +11,7 @@ from . import registration
 # The config class needs the type, so the type comes first.
 registration.add_peft_type()
 
+from .averaging import follow_selections  # noqa: E402
 from .callback import GreenTrainerCallback  # noqa: E402
 from .card import describe  # noqa: E402
 from .config import GreenTrainerConfig  # noqa: E402
@@ -23,6 +24,7 @@ from .selection import Selection, select  # noqa: E402
 
 registration.register(GreenTrainerConfig, GreenTrainerModel)
 registration.register_card(describe)
+follow_selections()
 
 __version__ = "0.1.0"
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .averaging import update_averages
 from .checkpointing import REENTRANT, can_save
 from .checks import refuse_replaced
 from .config import GreenTrainerConfig
@@ -45,6 +46,7 @@ from .stepping import note_steps, now, stepped_since
 from .unreached import PATIENCE, Unreached
 from .values import (
     candidates,
+    follow_layers,
     layers,
     parameters_in_use,
     selected_values,
@@ -107,6 +109,7 @@ class Allocator:
         adapter_name, config = self._active_adapter()
         trained_by = self._trained_by(optimizer, group_of)
         self._keep_saving()
+        self._settle()
         set_trainable(self.model, adapter_name, config.selected)
         rebuild_reducers(self.model)
         if self.selection is None and self._probe is None:
@@ -135,8 +138,9 @@ class Allocator:
         trained_by = self._trained_by(optimizer, group_of)
         self.end()
         self._keep_saving()
-        set_selection(self.model, adapter_name, state["selected"])
-        config.provisional, config.spent = state["provisional"], state["spent"]
+        self._settle()
+        set_selection(self.model, adapter_name, state["selected"], state["provisional"])
+        config.spent = state["spent"]
         kept = state["selection"]
         of_sets = kept and {name: frozenset(kept.get(name, ())) for name in ("tensors", "low_rank")}
         self.selection = kept and Selection(**kept | of_sets)
@@ -223,6 +227,12 @@ class Allocator:
             self._config = config
         return adapter_name, config
 
+    def _settle(self) -> None:
+        """What was loaded or cast since the last pass is as it will be trained, before anything is measured."""
+        follow_layers(self.model)
+        for layer in layers(self.model).values():
+            layer.settle()
+
     def _keep_saving(self) -> None:
         if not can_save(self.model):  # in every step: hooks may be installed at any time
             self._warn_once(REENTRANT)
@@ -264,6 +274,7 @@ class Allocator:
 
     def _arm(self, trained_by: TrainedBy) -> None:
         adapter_name, config = self._active_adapter()
+        self._settle()
         for optimizer in trained_by.optimizers:
             refuse_sharded(self.model, optimizer)
         placed = self._place(adapter_name, config, trained_by)
@@ -410,6 +421,7 @@ def _apply(
     dropped = [value for value in before if id(value) not in after]
     keep_in_step(optimizers, model, placed.groups, adapter_name, dropped)
     rebuild_reducers(model)
+    update_averages(model)
 
 
 def _values(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:

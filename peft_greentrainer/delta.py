@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ def candidate_of_key(key: str, modules: Collection[str]) -> str:
     """
     module, _, value = without_wrappers(key).rpartition(VALUES)
     return candidate_of(f"{module if module in modules else module.removeprefix(PREFIX)}.{value}")
+
+
+def candidates_in(keys: Iterable[str], modules: Collection[str]) -> list[str]:
+    """The candidates that have an entry in a file or a state dict, by their names in a base model with these modules."""
+    return list(dict.fromkeys(candidate_of_key(key, modules) for key in keys if VALUES in key))
 
 
 def fingerprint(tensor: Tensor, tied: Sequence[str] = ()) -> dict[str, Any]:

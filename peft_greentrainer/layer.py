@@ -26,6 +26,7 @@ from .forms import candidate_of, tensor_of
 from .lock import Lock
 from .same_class import inside_of, new_with_class_of
 from .shared_tensors import read_through
+from .state import EXTRA_STATE, Selection, Values, read
 from .trainable import can_be_trained
 
 
@@ -54,10 +55,10 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         nn.Module.__init__(self)
         self.greentrainer_values = nn.ModuleDict()
+        self.selection_of_values = Selection(self.greentrainer_values)
         self.merged_adapters = []
         self._lock = Lock()
         self._tied: dict[str, tuple[GreenTrainerLayer, str]] = {}
-        self._selected: dict[str, Set[str]] = {}
         self._float32_values: dict[str, bool] = {}
         self._unmerged: dict[str, Tensor] = {}
         self._disable_adapters = False
@@ -83,7 +84,6 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
     def add_adapter(self, adapter_name: str) -> None:
         """Make room for the values of an adapter."""
         self.greentrainer_values[adapter_name] = Values()
-        self._selected[adapter_name] = frozenset()
         self._float32_values[adapter_name] = True
 
     def add_value(self, adapter_name: str, tensor: str, init_weights: bool = True) -> None:
@@ -125,10 +125,13 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         self._read_by_others.add(tensor)
         read_through(holder, name, self, tensor)
 
-    def set_selected(self, adapter_name: str, candidates: Set[str], trainable: bool = True) -> None:
+    def set_selected(
+        self, adapter_name: str, candidates: Set[str], trainable: bool = True, provisional: bool = False
+    ) -> None:
         """Train the values of these candidates and freeze the adapter's others."""
-        self._selected[adapter_name] = frozenset(candidates)
-        for name, value in self.greentrainer_values[adapter_name].items():
+        values = self.greentrainer_values[adapter_name]
+        values.note_selected(candidates, provisional)
+        for name, value in values.items():
             selected = candidate_of(name) in candidates
             value.requires_grad_(trainable and selected)
             if not selected:
@@ -147,6 +150,80 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         dtype = self.base_tensor(tensor_of(tensor)).dtype
         return torch.float32 if self._float32_values[adapter_name] and dtype.itemsize < 4 else dtype
 
+    @torch.compiler.disable
+    def settle(self) -> None:
+        """Before the first pass: let only what is selected require grad, in the type that it is to be trained in.
+
+        A state was loaded, and with it every value may require grad until an optimizer is made. Or values were cast
+        with the model, or since they require grad: in half precision they do not move.
+        """
+        for adapter in self.active_adapters:
+            if adapter in self.greentrainer_values:
+                if self.greentrainer_values[adapter].just_loaded:
+                    self.greentrainer_values[adapter].just_loaded = False
+                    self._freeze_non_trainable_peft_weights()
+                self._undo_casts(adapter)
+
+    def _is_settled(self) -> bool:
+        of_adapter = self._modules["greentrainer_values"]._modules
+        for adapter in self.active_adapters:
+            if adapter in of_adapter:
+                values = of_adapter[adapter]
+                if values.just_loaded or any(self._was_cast(adapter, v) for v in values._parameters.values()):
+                    return False
+        return True
+
+    def _was_cast(self, adapter_name: str, value: nn.Parameter) -> bool:
+        return value.dtype.itemsize < 4 and value.requires_grad and self._float32_values[adapter_name]
+
+    def _undo_casts(self, adapter_name: str) -> None:
+        """What still is the base tensor, rounded, is that again without rounding; the optimizer has the parameters."""
+        for name, value in self.greentrainer_values[adapter_name].items():
+            if self._was_cast(adapter_name, value):
+                first, dtype = self._first_data(adapter_name, name), self._value_dtype(adapter_name, name)
+                trained = not torch.equal(first.to(value.device, value.dtype), value)
+                value.data = (value.data if trained else first).to(value.device, dtype, copy=True)
+
+    def _first_data(self, adapter_name: str, name: str) -> Tensor:
+        """What a value was created as."""
+        return self.base_data(name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        told = read(state_dict[prefix + EXTRA_STATE]) if prefix + EXTRA_STATE in state_dict else {}
+        for adapter, values in self.greentrainer_values.items():
+            start = f"{prefix}greentrainer_values.{adapter}."
+            named = {candidate_of(key.removeprefix(start)) for key in state_dict if key.startswith(start)}
+            here = set(self.candidates_with_values(adapter))
+            for candidate in (here - named) if adapter in told else ():
+                self.drop_value(adapter, candidate)
+            for candidate in sorted(named - here):
+                if self._create_value(adapter, candidate):
+                    values.note_selected(values.selected_candidates | {candidate}, values.is_provisional)
+            self._undo_casts(adapter)  # what is loaded into them is not rounded
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def have_values_of(self, other: GreenTrainerLayer) -> None:
+        """Have the values that the same module of another copy of the model has: new ones start at the base tensor."""
+        for adapter, values in other.greentrainer_values.items():
+            if adapter not in self.greentrainer_values:
+                raise ValueError(
+                    f"The copy of the model was made before the adapter '{adapter}' was added: make it anew."
+                )
+            here, there = set(self.candidates_with_values(adapter)), set(other.candidates_with_values(adapter))
+            for candidate in here - there:
+                self.drop_value(adapter, candidate)
+            for candidate in sorted(there - here):
+                self._create_value(adapter, candidate)
+            self._undo_casts(adapter)
+            self.greentrainer_values[adapter].note_selected(values.selected_candidates, values.is_provisional)
+
+    def _create_value(self, adapter_name: str, candidate: str) -> bool:
+        """Create the value of a candidate that a state names, if this module can have it."""
+        can = candidate in self.base_layer._parameters and candidate not in self._tied
+        if can:
+            self.add_value(adapter_name, candidate)
+        return can
+
     # Tensors
 
     def base_tensor(self, tensor: str) -> Tensor:
@@ -156,6 +233,8 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
     def effective_tensor(self, tensor: str) -> Tensor:
         """The tensor that forward uses."""
         owner, name = self._tied.get(tensor, (self, tensor))
+        if torch.is_grad_enabled() and not owner._is_settled():
+            owner.settle()
         base = owner.base_tensor(name)
         if owner.merged or owner.disable_adapters:
             return base
@@ -227,6 +306,8 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         """Call the base layer, or a method of it, with effective tensors in place of its own."""
         if self.merged_adapters or self._disable_adapters:
             return function(*args, **kwargs)
+        if torch.is_grad_enabled() and not self._is_settled():
+            self.settle()
         if torch.compiler.is_compiling():
             return self._run_swapped(function, *args, **kwargs)
         with self._lock:
@@ -301,7 +382,7 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
         # peft turns gradients on for an adapter as a whole; only selected values may have them.
         for adapter, values in self.greentrainer_values.items():
             for name, value in values.items():
-                if candidate_of(name) not in self._selected[adapter]:
+                if candidate_of(name) not in values.selected_candidates:
                     value.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
@@ -311,7 +392,6 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
                 value.data = value.data.to(device or self.base_tensor(tensor_of(name)).device)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._selected.pop(adapter_name, None)
         self._float32_values.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
@@ -406,18 +486,6 @@ class GreenTrainerLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "greentrainer." + super().__repr__()
-
-
-class Values(nn.ParameterDict):
-    """The values of an adapter in one module, by tensor, whatever the tensors are called: `keys` and `values` too."""
-
-    def __getitem__(self, name: str) -> nn.Parameter:
-        return self._parameters[name]
-
-    def __setitem__(self, name: str, value: nn.Parameter) -> None:
-        self._keys[name] = None
-        self._parameters.setdefault(name, None)
-        self.register_parameter(name, value)
 
 
 def bare(module: nn.Module) -> nn.Module:

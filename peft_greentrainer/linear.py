@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .forms import candidate_of, factors, low_rank_form
+from .forms import candidate_of, factors, is_low_rank, low_rank_form, tensor_of
 from .layer import OF_MODULE, GreenTrainerLayer
 from .low_rank_update import LowRankForm, LowRankUpdate
 
@@ -37,6 +37,7 @@ class GreenTrainerLinear(GreenTrainerLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, form: Optional[LowRankForm] = None) -> None:
         self._forms: dict[str, Optional[LowRankForm]] = {adapter_name: form}
+        self._seeds: dict[str, int] = {}
         super().__init__(base_layer, adapter_name)
 
     def add_adapter(self, adapter_name: str, form: Optional[LowRankForm] = None) -> None:
@@ -45,6 +46,7 @@ class GreenTrainerLinear(GreenTrainerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._forms.pop(adapter_name, None)
+        self._seeds.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def add_factors(self, adapter_name: str, candidate: str, init_weights: bool = True, seed: int = 0) -> None:
@@ -52,6 +54,7 @@ class GreenTrainerLinear(GreenTrainerLayer):
         if not hasattr(self, "greentrainer_update"):
             self._modules["greentrainer_update"] = LowRankUpdate()  # of the wrapper, not of the module
         form = self._forms[adapter_name]
+        self._seeds[adapter_name] = seed
         first = form.first_factor(self.in_features, seed)
         second = torch.zeros(self.out_features, form.rank, device="cpu")
         if not init_weights:
@@ -65,6 +68,27 @@ class GreenTrainerLinear(GreenTrainerLayer):
         for name in [name for name in values if candidate_of(name) == tensor]:
             del values[name]
 
+    def _first_data(self, adapter_name: str, name: str) -> Tensor:
+        if name not in FACTORS_OF_WEIGHT:
+            return super()._first_data(adapter_name, name)
+        form = self._forms[adapter_name]
+        if name == FACTORS_OF_WEIGHT[0]:
+            return form.first_factor(self.in_features, self._seeds[adapter_name])
+        return torch.zeros(self.out_features, form.rank, device="cpu")
+
+    def _create_value(self, adapter_name: str, candidate: str) -> bool:
+        if not is_low_rank(candidate):
+            return super()._create_value(adapter_name, candidate)
+        form = self._forms[adapter_name]
+        can = tensor_of(candidate) == "weight" and form is not None and form.rank > 0
+        if can:
+            self.add_factors(adapter_name, candidate, seed=self._seeds.get(adapter_name, 0))
+        return can
+
+    def have_values_of(self, other: GreenTrainerLayer) -> None:
+        self._seeds = dict(other._seeds)
+        super().have_values_of(other)
+
     def all_factors(self) -> Iterator[nn.Parameter]:
         """The factors of all adapters."""
         for values in self.greentrainer_values.values():
@@ -73,6 +97,8 @@ class GreenTrainerLinear(GreenTrainerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.merged_adapters or self._disable_adapters:
             return super().forward(*args, **kwargs)
+        if torch.is_grad_enabled() and not self._is_settled():
+            self.settle()
         # Before the base layer's own product, which gradient checkpointing then need not run again.
         updates = [
             self.greentrainer_update(*(args or kwargs.values()), *u) for u in self._updates(self.active_adapters)

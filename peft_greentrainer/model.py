@@ -20,9 +20,8 @@ from .config import GreenTrainerConfig
 from .delta import (
     ELSEWHERE,
     PREFIX,
-    VALUES,
     base_name,
-    candidate_of_key,
+    candidates_in,
     check_fingerprint,
     fingerprint,
     without_wrappers,
@@ -31,17 +30,20 @@ from .embeddings import EmbeddingView
 from .forms import is_low_rank, low_rank_form
 from .layer import GreenTrainerLayer
 from .linear import GreenTrainerLinear, wrap
+from .loading import follow_loading, stop_following
 from .low_rank_update import LowRankForm
 from .provisional import provisional_selection
 from .resizing import allow_resizing, refuse_resizing
 from .shared_tensors import stop_reading
+from .state import EXTRA_STATE
 from .targets import TASK_HEADS, left_out, matches, plan_wrappers, readers
 from .values import (
     add_value,
     candidate_tensors,
+    follow_layers,
     layers,
+    let_all_require_grad,
     set_selection,
-    set_trainable,
     set_values,
     warn_if_never_selected,
 )
@@ -142,7 +144,7 @@ class GreenTrainerModel(BaseTuner):
         config.take_for_a_model()
         if state_dict is not None:
             modules = {base_name(key) for key, _ in model.named_modules()}
-            names = [candidate_of_key(key, modules) for key in state_dict if VALUES in key]
+            names = candidates_in(state_dict, modules)
             config.tensors = {name: (config.tensors or {}).get(name) for name in names}
             config.provisional = False
         # Which modules to wrap follows from the config also where the file is at hand: tied tensors are read by
@@ -151,6 +153,7 @@ class GreenTrainerModel(BaseTuner):
         for holder, name, owner, owned in self._readers:
             model.get_submodule(owner).let_read(owned, holder, name)
         refuse_resizing(model)
+        follow_loading(model)
 
     def _prepare_adapter_config(self, peft_config: GreenTrainerConfig, model_config: dict) -> GreenTrainerConfig:
         heads = TASK_HEADS.get(peft_config.task_type, ())
@@ -233,7 +236,7 @@ class GreenTrainerModel(BaseTuner):
                 add_value(layer, adapter_name, candidate, peft_config.init_weights)
         trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
         selected = {name for name, candidate in candidates.items() if candidate in peft_config.selected}
-        layer.set_selected(adapter_name, selected, trainable)
+        layer.set_selected(adapter_name, selected, trainable, peft_config.provisional)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         for holder, name in self._holders[id(child)]:
@@ -258,6 +261,7 @@ class GreenTrainerModel(BaseTuner):
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
             warn_if_never_selected(self.model, adapter_name)
+        stop_following(self.model)
         base = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         for module in base.modules():
             stop_reading(module)
@@ -281,21 +285,28 @@ class GreenTrainerModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        follow_layers(_base_of(model))
         warn_if_never_selected(model, adapter_name)
+        # From peft's own copy, out of which it takes embeddings and modules_to_save afterwards.
+        for key in [key for key in state_dict if key.endswith(f".{EXTRA_STATE}")]:
+            del state_dict[key]
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        base, prefix = (model.get_base_model(), PREFIX) if isinstance(model, PeftModel) else (model, "")
-        modules = layers(base).keys()
-        in_file = {candidate_of_key(key.removeprefix(prefix), modules) for key in state_dict if VALUES in key}
+        base = _base_of(model)
+        prefix = PREFIX if isinstance(model, PeftModel) else ""
+        in_file = set(candidates_in((key.removeprefix(prefix) for key in state_dict), layers(base).keys()))
         if in_file != set(config.tensors):  # a checkpoint of a run whose selection has changed since
             set_values(base, adapter_name, in_file)
             set_selection(base, adapter_name, in_file)
         elif config.loaded_again():
-            # Every tensor in a checkpoint is trainable until training begins: the optimizer's state is loaded by position.
-            set_trainable(base, adapter_name, in_file)
+            let_all_require_grad(base, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _viewed(get_embeddings: Callable[[], Optional[nn.Module]]) -> Optional[nn.Module]:

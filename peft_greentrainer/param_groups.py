@@ -214,7 +214,13 @@ def by_reason(reasons: Mapping[str, str]) -> str:
 
 def list_of(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
     """The optimizers, be they one or several."""
-    return list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    found = [optimizer] if hasattr(optimizer, "param_groups") else optimizer
+    if not (isinstance(found, Sequence) and found and all(hasattr(one, "param_groups") for one in found)):
+        raise ValueError(
+            f"update_and_allocate takes the optimizer that trains the model, or a list of all of them, and was given "
+            f"{optimizer!r}: pass the torch.optim.Optimizer itself."
+        )
+    return list(found)
 
 
 def _places(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[_Place]:

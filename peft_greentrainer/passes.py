@@ -69,6 +69,9 @@ def free_gradient(parameter: nn.Parameter) -> None:
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # A recurrent model may keep its state in plain attributes, with the graph of the pass.
+    modules = _modules(model)
+    attributes = [(own, dict(own)) for module in modules for own in (module._buffers, vars(module))]
     gpus = sorted({p.device.index for p, _, _ in parameters if p.device.type == "cuda"})
     for parameter, _, _ in parameters:
         parameter.grad = None
@@ -82,3 +85,18 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """All modules, as they are rather than as `modules()` shows them."""
+    found = {id(model): model}
+    left = [model]
+    while left:
+        for child in left.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                left.append(child)
+    return list(found.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
@@ -95,11 +95,7 @@ def set_values(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> N
     config = model.peft_config[adapter_name]
     found = candidate_tensors(plan_wrappers(config, model), model, config)
     if not tensors <= found.keys():
-        raise ValueError(
-            f"The adapter '{adapter_name}' has no place for {sorted(tensors - found.keys())[:3]}: was it made for this "
-            "model, with these target_modules, and with the same parts frozen before? A saved adapter brings its own with "
-            "it: load it under another name, or with PeftModel.from_pretrained onto a base without adapters."
-        )
+        raise ValueError(_no_place_for(tensors - found.keys(), adapter_name))
     wrappers = layers(model)
     refuse_replaced(found, wrappers)
     for key, layer in wrappers.items():
@@ -125,12 +121,12 @@ def add_value(layer: GreenTrainerLayer, adapter_name: str, candidate: str, init_
         layer.add_value(adapter_name, name, init_weights)
 
 
-def set_selection(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
+def set_selection(model: nn.Module, adapter_name: str, tensors: Iterable[str], provisional: bool = False) -> None:
     """Train exactly these tensors, all of which have a value."""
     tensors = set(tensors)
     config = model.peft_config[adapter_name]
     config.selected = [name for name in config.tensors if name in tensors]
-    config.provisional = False
+    config.provisional = provisional
     set_trainable(model, adapter_name, tensors)
 
 
@@ -141,8 +137,43 @@ def set_trainable(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -
     for key, layer in layers(model).items():
         if adapter_name in layer.greentrainer_values:
             selected = {name for name in layer.candidates_with_values(adapter_name) if f"{key}.{name}" in tensors}
-            active = adapter_name in layer.active_adapters
-            layer.set_selected(adapter_name, selected, trainable=active and not config.inference_mode)
+            trainable = adapter_name in layer.active_adapters and not config.inference_mode
+            layer.set_selected(adapter_name, selected, trainable, config.provisional)
+
+
+def follow_layers(model: nn.Module) -> None:
+    """Write in the configs what the layers hold, into which a state dict was loaded."""
+    for adapter_name, config in getattr(model, "peft_config", {}).items():
+        wrappers = {key: layer for key, layer in layers(model).items() if adapter_name in layer.greentrainer_values}
+        held, selected = set(), set()
+        for key, layer in wrappers.items():
+            held |= {f"{key}.{name}" for name in layer.candidates_with_values(adapter_name)}
+            selected |= {f"{key}.{name}" for name in layer.greentrainer_values[adapter_name].selected_candidates}
+        of_layers = [layer.greentrainer_values[adapter_name] for layer in wrappers.values()]
+        loaded = any(values.just_loaded for values in of_layers)
+        if not of_layers or not loaded and (held, selected) == (set(config.tensors), set(config.selected)):
+            continue
+        found = candidate_tensors(plan_wrappers(config, model), model, config)
+        if not held <= found.keys():
+            raise ValueError(_no_place_for(held - found.keys(), adapter_name))
+        # The base tensors may have been loaded too.
+        config.tensors = {name: fingerprint(*found[name]) for name in found if name in held}
+        set_selection(model, adapter_name, selected, provisional=all(values.is_provisional for values in of_layers))
+        if loaded:
+            let_all_require_grad(model, adapter_name)
+
+
+def let_all_require_grad(model: nn.Module, adapter_name: str) -> None:
+    """Let every value require grad until the first pass, where the adapter is active and for training.
+
+    An optimizer's state is loaded by position, and what was deselected has a place too.
+    """
+    config = model.peft_config[adapter_name]
+    for layer in layers(model).values():
+        if adapter_name in layer.greentrainer_values:
+            values = layer.greentrainer_values[adapter_name]
+            values.just_loaded = True
+            values.requires_grad_(adapter_name in layer.active_adapters and not config.inference_mode)
 
 
 def selected_values(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -174,3 +205,11 @@ def warn_if_never_selected(model: nn.Module, adapter_name: str) -> None:
             "optimizer) in every step of the loop.",
             stacklevel=2,
         )
+
+
+def _no_place_for(tensors: Set[str], adapter_name: str) -> str:
+    return (
+        f"The adapter '{adapter_name}' has no place for {sorted(tensors)[:3]}: was it made for this model, with these "
+        "target_modules, and with the same parts frozen before? A saved adapter brings its own with it: load it under "
+        "another name, or with PeftModel.from_pretrained onto a base without adapters."
+    )

@@ -148,6 +148,18 @@ def test_floor_is_the_cheapest_single_tensor():
     assert graph.ratio(graph.tensors) == 1
 
 
+def test_profile_leaves_a_state_in_plain_attributes_as_it_was():
+    model, batch = make_model("recurrent-gemma"), make_batch("recurrent-gemma")
+    holders = [module for module in model.modules() if "recurrent_states" in vars(module)]
+    profile(model, batch)
+    assert holders and all(module.recurrent_states is None for module in holders)
+    with torch.no_grad():
+        model(**batch)
+    states = [module.recurrent_states for module in holders]
+    profile(model, batch)
+    assert all(module.recurrent_states is state for module, state in zip(holders, states))
+
+
 def test_profile_leaves_the_model_as_it_was():
     model, batch = make_model("convnet"), make_batch("convnet")
     model.norm = nn.BatchNorm2d(8)

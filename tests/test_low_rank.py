@@ -63,7 +63,7 @@ def one_form_each(candidates, choose):
     return list({tensor_of(name): name for name in shuffled}.values())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("convnext", "clip", "recurrent-gemma")])
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("convnext", "clip")])
 def test_flops_of_random_forms_are_exact(kind):
     model, batch = make_model(kind), make_batch(kind)
     graph = profile(model, batch, low_rank=RANK)

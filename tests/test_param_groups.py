@@ -682,3 +682,10 @@ def test_following_leaves_no_trace():
         assert not watch._noted
     loop.run(1)
     assert not watch._followed  # all have moved
+
+
+@pytest.mark.parametrize("given", ["adam", [], None, ["adam"], 1e-3], ids=str)
+def test_what_is_no_optimizer_is_refused_with_advice(given):
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.7))
+    with pytest.raises(ValueError, match="takes the optimizer that trains the model, or a list of all of them"):
+        model.base_model.update_and_allocate(0, given)
