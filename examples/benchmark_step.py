@@ -29,10 +29,11 @@ from torch.profiler import profile as torch_profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_greentrainer import CostGraph, GreenTrainerConfig, profile, select
-from peft_greentrainer.delta import fingerprint
-from peft_greentrainer.recorder import CostRecorder
-from peft_greentrainer.targets import plan_wrappers
-from peft_greentrainer.values import candidate_tensors
+from peft_greentrainer.adapter.candidates import plan_wrappers
+from peft_greentrainer.adapter.fingerprint import fingerprint
+from peft_greentrainer.adapter.values import candidate_tensors
+from peft_greentrainer.measuring.operations import graph_of
+from peft_greentrainer.measuring.recorder import CostRecorder
 
 
 LLAMA_70B = {
@@ -91,7 +92,7 @@ class Loop:
             loss.backward()
         for hook in hooks:
             hook.remove()
-        CostGraph.of(recorder, names)
+        graph_of(recorder, names)
 
     def recorded_step(self) -> None:
         self.recorded_backward()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_greentrainer import GreenTrainerConfig
-from peft_greentrainer.formulas import flop_counter
+from peft_greentrainer.measuring.formulas import flop_counter
 
 
 class Tuning(lightning.LightningModule):

@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Traine
 from transformers.utils import logging
 
 from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, profile
-from peft_greentrainer.formulas import flop_counter
+from peft_greentrainer.measuring.formulas import flop_counter
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,21 +5,22 @@
 >>> Trainer(model, args, train_dataset=train, callbacks=[GreenTrainerCallback()]).train()
 """
 
-from . import registration
+from .adapter import registration
 
 
 # The config class needs the type, so the type comes first.
 registration.add_peft_type()
 
-from .averaging import follow_selections  # noqa: E402
-from .callback import GreenTrainerCallback  # noqa: E402
-from .card import describe  # noqa: E402
-from .config import GreenTrainerConfig  # noqa: E402
-from .conversion import convert_to_lora, export_tensors, save_as_lora  # noqa: E402
-from .cost import CostGraph, profile  # noqa: E402
-from .layer import GreenTrainerLayer  # noqa: E402
-from .model import GreenTrainerModel  # noqa: E402
-from .selection import Selection, select  # noqa: E402
+from .adapter.config import GreenTrainerConfig  # noqa: E402
+from .adapter.layer import GreenTrainerLayer  # noqa: E402
+from .adapter.model import GreenTrainerModel  # noqa: E402
+from .measuring.profile import profile  # noqa: E402
+from .planning.graph import CostGraph  # noqa: E402
+from .planning.selection import Selection, select  # noqa: E402
+from .sharing.card import describe  # noqa: E402
+from .sharing.export import convert_to_lora, export_tensors, save_as_lora  # noqa: E402
+from .training.averaging import follow_selections  # noqa: E402
+from .training.callback import GreenTrainerCallback  # noqa: E402
 
 
 registration.register(GreenTrainerConfig, GreenTrainerModel)

@@ -1,0 +1,120 @@
+"""What cannot be trained in a model: refused by name, or said."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..tensors.names import base_name, kind_of
+from ..tensors.trainable import can_be_trained
+from .candidates import plan_wrappers, uses
+from .config import GreenTrainerConfig
+from .layer import GreenTrainerLayer
+
+
+def refuse_offloaded(model: nn.Module, keys: Iterable[str]) -> None:
+    for key in keys:
+        if getattr(getattr(model.get_submodule(key), "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"The weights of {key} are offloaded by accelerate, which puts them in place for each forward pass and so "
+                "over the trained ones. Load the base model without 'cpu' or 'disk' in its device_map."
+            )
+
+
+def refuse_wrapped_heads(model: nn.Module, config: GreenTrainerConfig) -> None:
+    for key, module in model.named_modules():
+        if isinstance(module, GreenTrainerLayer) and any(key.endswith(name) for name in config.modules_to_save or ()):
+            raise ValueError(
+                f"modules_to_save names {key}, whose tensors are candidates of an earlier adapter. Add the adapter with "
+                "modules_to_save first, or give the earlier one exclude_modules."
+            )
+
+
+def tell_of_left_out(reasons: Iterable[str]) -> None:
+    if reasons := list(reasons):
+        warnings.warn(
+            f"{len(reasons)} tensors are no candidates for what they are called, the first of them {reasons[0]}. Rename it to "
+            "train it.",
+            stacklevel=2,
+        )
+
+
+def refuse_replaced(candidates: Iterable[str], wrappers: Mapping[str, GreenTrainerLayer]) -> None:
+    """Raise `ValueError` if a module of a candidate is none of the wrappers, which it was when the adapter was added."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in candidates)
+    replaced = [module for module in modules if module not in wrappers]
+    if replaced:
+        raise ValueError(
+            f"{', '.join(replaced[:3])}: another module was put in place of one that an adapter had wrapped, and what was "
+            "trained of that one is lost. Change the base model before you call get_peft_model or add_adapter; if something "
+            "was trained already, call merge_and_unload first."
+        )
+
+
+def tell_of_quantized(model: nn.Module, candidates: Iterable[str]) -> None:
+    parameters = dict(model.named_parameters())
+    quantized = [name for name, parameter in parameters.items() if parameter.numel() and not can_be_trained(parameter)]
+    if quantized:
+        kinds = list(dict.fromkeys(map(kind_of, candidates)))
+        warnings.warn(
+            f"{len(quantized)} of {len(parameters)} tensors of this model are quantized and cannot be trained; gradients "
+            f"that pass through them cost as much as ever. Left to train: {', '.join(kinds)}.",
+            stacklevel=2,
+        )
+
+
+def note_frozen(model: nn.Module, config: GreenTrainerConfig, configs: Iterable[PeftConfig]) -> None:
+    """Keep in the config of a new adapter which tensors were frozen before the model was wrapped, and say so.
+
+    Where peft has wrapped the model already, all of its base is frozen: what an earlier adapter says counts then.
+
+    Args:
+        model: the base model.
+        config: that of the new adapter.
+        configs: those of all adapters of the model.
+    """
+    if config.frozen is None:
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            config.frozen = next(filter(None, (getattr(other, "frozen", None) for other in configs)), None)
+        else:
+            config.frozen = _frozen(model)
+    if not config.frozen:
+        return
+    without = copy.copy(config)
+    without.frozen = None
+    named = dict.fromkeys(name for _, _, name in uses(plan_wrappers(without, model)))
+    frozen = [name for name in config.frozen if name in named]
+    if not frozen:
+        return
+    kinds = ", ".join(dict.fromkeys(map(kind_of, frozen)))
+    before = f"{len(frozen)} tensors did not require grad before the model was wrapped"
+    if config.target_modules is not None:
+        message = (
+            f"{before}, and are candidates all the same, since target_modules names them: {kinds}. Name those that are to "
+            "stay as they are in exclude_modules."
+        )
+    elif len(frozen) == len(named):
+        message = (
+            f"{before}, and are candidates all the same, since without them there are none: {kinds}. Name those that are "
+            "to stay as they are in exclude_modules."
+        )
+    else:
+        message = (
+            f"{before}, by what you or the model's own code set, and so are no candidates: {kinds}. To have them trained "
+            "too, call requires_grad_(True) on them before wrapping, or give target_modules, which may name them."
+        )
+    warnings.warn(message, stacklevel=2)
+
+
+def _frozen(model: nn.Module) -> list[str] | None:
+    """The tensors that do not require grad, where others do: a model that is frozen as a whole says nothing of its parts."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return None
+    every = plan_wrappers(GreenTrainerConfig(), model)
+    tensors = {base_name(f"{key}.{name}"): tensor for key, (own, _) in every.items() for name, tensor in own.items()}
+    return [name for name, tensor in tensors.items() if not tensor.requires_grad] or None

@@ -1,0 +1,28 @@
+"""What is trained around a base model: the head of a module that holds it, say. It has its share of the budget.
+
+>>> outer_parameters(classifier.encoder.get_base_model())
+{'(outside).head.weight': Parameter(...), '(outside).head.bias': Parameter(...)}
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..tensors.names import OUTSIDE, base_name
+from ..tensors.trainable import can_be_trained
+from .enclosing import around
+
+
+def outer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the modules around a base model train, such as a head: no name in the base model begins with OUTSIDE."""
+    inside, found = set(map(id, model.parameters())), {}
+    # The outermost first: there a parameter has its whole name.
+    outer = sorted(around(model, nn.Module), key=lambda module: -sum(1 for _ in module.modules()))
+    for module in outer:
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and can_be_trained(parameter) and id(parameter) not in inside:
+                inside.add(id(parameter))
+                name = OUTSIDE + base_name(name)
+                # Two models around the same base, of which one may be of an earlier training.
+                found[name if name not in found else f"{name} ({len(found)})"] = parameter
+    return found

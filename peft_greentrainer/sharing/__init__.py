@@ -1,0 +1,1 @@
+"""From a wrapped model to others: a model card, other formats."""

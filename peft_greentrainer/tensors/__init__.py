@@ -1,0 +1,1 @@
+"""What a tensor is called, its forms, and whether it can be trained."""

@@ -1,0 +1,1 @@
+"""Joins measuring, planning and the adapter while a model is trained."""

@@ -1,0 +1,47 @@
+"""The low-rank forms of a wrapped model, as a probe needs them.
+
+>>> Probe(base, parameters, measure=measure, forms=forms_of(base, "default"))
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..adapter.candidates import plan_wrappers, uses
+from ..adapter.linear import GreenTrainerLinear
+from ..adapter.values import candidate_tensors, layers
+from ..measuring.low_rank import LowRank
+from ..tensors.forms import LowRankForm, seed_of
+from ..tensors.names import low_rank_form
+
+
+def forms_of(model: nn.Module, adapter_name: str) -> LowRank:
+    """The low-rank forms that the adapter offers, and those that it has; provisional ones may be gone after a probe."""
+    config = model.peft_config[adapter_name]
+    form = LowRankForm.of(config)
+    plan = plan_wrappers(config, model)
+    offered = candidate_tensors(plan, model, config).keys()
+    lasting = set() if config.provisional else config.tensors.keys()
+    linear, first_factor, frozen = {}, {}, {}
+    for key, _, tensor in uses(plan):
+        layer, candidate = model.get_submodule(key), low_rank_form(tensor)
+        if tensor not in offered:
+            frozen[layer.base_layer] = tensor
+        if candidate in offered and candidate not in lasting:
+            linear[candidate] = layer.base_layer
+            first_factor[candidate] = partial(_scaled_first_factor, form, layer.in_features, seed_of(candidate))
+    updates = [layer.greentrainer_update for layer in layers(model).values() if hasattr(layer, "greentrainer_update")]
+    return LowRank(form.rank, linear, tuple(updates), config.provisional, first_factor, frozen)
+
+
+def _scaled_first_factor(form: LowRankForm, in_features: int, seed: int) -> Tensor:
+    return form.scale * form.first_factor(in_features, seed)
+
+
+def cost_of_updates(model: nn.Module) -> float:
+    """At most what the updates that exist cost in a step, in steps of full fine-tuning: FLOPs grow with weights."""
+    wrappers = [layer for layer in layers(model).values() if isinstance(layer, GreenTrainerLinear)]
+    added = sum(factor.numel() for layer in wrappers for factor in layer.all_factors())
+    return added / max(1, sum(layer.base_layer.weight.numel() for layer in wrappers))
