@@ -48,7 +48,7 @@ def pair_of_loops(base: nn.Module, batch: dict[str, torch.Tensor], rho: float) -
 def peaks_of_probes(base: nn.Module, batch: dict[str, torch.Tensor], rho: float, device: str) -> dict[str, int]:
     """Bytes that forward and backward of a probe allocate at most, where whole tensors are candidates and where not."""
     peaks = {}
-    for low_rank in (0, RANK, "only"):
+    for low_rank in (False, "also", "only"):
         config = GreenTrainerConfig(rho=rho, low_rank=low_rank, r=RANK)
         loop = Loop(get_peft_model(copy.deepcopy(base), config), batch)
         loop.budgeted_step()
@@ -96,7 +96,7 @@ def main() -> None:
     peaks = peaks_of_probes(base, batch, args.rho[0], args.device)
     for kind, peak in peaks.items():
         print(f"peak memory of a probe, {kind}: {peak / 2**20:.1f} MiB")
-    _, candidates, milliseconds = time_selection_of_70b(low_rank=RANK)
+    _, candidates, milliseconds = time_selection_of_70b(r=RANK)
     print(f"select from the {candidates} candidates of a 70B Llama: {milliseconds:.1f} ms")
     measured = {"rows": rows, "probe_bytes": peaks, "select_ms": milliseconds}
     print(json.dumps({"arguments": vars(args), "torch": torch.__version__, **measured}))

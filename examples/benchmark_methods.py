@@ -84,7 +84,7 @@ METHODS = {
     "greentrainer-every-epoch": Method(partial(greentrainer, options={"reselect": "epoch"}), [2e-4, 4e-4, 8e-4]),
     "greentrainer-every-20": Method(partial(greentrainer, options={"reselect": 20}), [2e-4, 4e-4, 8e-4]),
     "low-rank": Method(partial(greentrainer, options={"low_rank": "only"}), [1e-4, 2e-4, 4e-4]),
-    "both": Method(partial(greentrainer, options={"low_rank": 8}), [1e-4, 2e-4, 4e-4]),
+    "both": Method(partial(greentrainer, options={"low_rank": "also", "r": 8}), [1e-4, 2e-4, 4e-4]),
 }
 
 

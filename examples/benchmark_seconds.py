@@ -1,7 +1,7 @@
 """Does a budget in seconds hold? The main job, planned at several rho, and timed next to full fine-tuning.
 
     python examples/benchmark_seconds.py
-    python examples/benchmark_seconds.py --budget flops       # what the seconds are if the budget is in FLOPs
+    python examples/benchmark_seconds.py --unit flops         # what the seconds are if the budget is in FLOPs
 
 Every rho has a model of its own, which is planned by a probe in a plain loop. Then steps of all models and of full
 fine-tuning are taken in turn, on the same batches, and medians are compared.
@@ -46,7 +46,7 @@ class Loop:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", choices=["seconds", "flops"], default="seconds")
+    parser.add_argument("--unit", choices=["seconds", "flops"], default="seconds")
     parser.add_argument("--rho", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
@@ -68,7 +68,7 @@ def main() -> None:
     full = Loop(load_base(name).train())
     loops, planned = {}, {}
     for rho in args.rho:
-        config = GreenTrainerConfig(rho=rho, budget=args.budget, reselect="once")
+        config = GreenTrainerConfig(rho=rho, unit=args.unit, reselect="once")
         loop = loops[rho] = Loop(get_peft_model(load_base(name), config).train())
         loop.step(batch(0))
         loop.step(batch(1))  # the probe
@@ -82,15 +82,13 @@ def main() -> None:
     medians = {kind: median(times[1:]) for kind, times in taken.items()}
 
     print(f"full fine-tuning: {medians['full']:.3f} seconds a step, median of {args.rounds}")
-    print(f"{'rho':>5}{'planned':>10}{'measured':>10}{'off by':>9}   shares of {args.budget}, and of measured seconds")
+    print(f"{'rho':>5}{'planned':>10}{'measured':>10}{'off by':>9}   shares of {args.unit}, and of measured seconds")
     rows = []
     for rho in args.rho:
         measured = medians[rho] / medians["full"]
         rows.append({"rho": rho, "planned": planned[rho], "measured": measured})
         print(f"{rho:5}{planned[rho]:10.4f}{measured:10.4f}{measured / planned[rho] - 1:+9.1%}")
-    print(
-        json.dumps({"budget": args.budget, "torch": torch.__version__, "full_seconds": medians["full"], "rows": rows})
-    )
+    print(json.dumps({"unit": args.unit, "torch": torch.__version__, "full_seconds": medians["full"], "rows": rows}))
 
 
 if __name__ == "__main__":

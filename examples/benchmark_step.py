@@ -209,13 +209,13 @@ def time_selection(tensors: int = 1000, rounds: int = 9) -> float:
     )
 
 
-def time_selection_of_70b(rounds: int = 6, low_rank: int = 0) -> tuple[float, int, float]:
+def time_selection_of_70b(rounds: int = 6, r: int | None = None) -> tuple[float, int, float]:
     """A 70B Llama on the meta device: seconds to profile it, its candidates, and milliseconds to select from them."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_70B))
         ids = torch.zeros(4, 512, dtype=torch.long)
     start = time.perf_counter()
-    graph = profile(model, {"input_ids": ids, "labels": ids}, low_rank=low_rank)
+    graph = profile(model, {"input_ids": ids, "labels": ids}, r=r)
     profiling = time.perf_counter() - start
     importance = dict(zip(graph.tensors, np.random.default_rng(0).lognormal(0, 2, len(graph.tensors)).tolist()))
     taken = [seconds(lambda: select(graph, importance, rho), "cpu") for rho in np.linspace(0.4, 0.9, rounds)]

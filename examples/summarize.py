@@ -11,7 +11,7 @@ same job with another budget, other methods, and a model and data of the Hub (wh
 
     python examples/summarize.py --rho 0.7
     python examples/summarize.py --rho 0.7 --low-rank only
-    python examples/summarize.py --rho 0.7 --budget seconds
+    python examples/summarize.py --rho 0.7 --unit seconds
     python examples/summarize.py --method full
     python examples/summarize.py --method lora
     python examples/summarize.py --model HuggingFaceTB/SmolLM2-360M --dataset EdinburghNLP/xsum --max-length 512
@@ -75,11 +75,9 @@ def parse_arguments() -> Namespace:
     add("--columns", nargs=2, metavar="NAME", default=["document", "summary"], help=columns)
     add("--method", choices=LEARNING_RATES, default="greentrainer", help="default: %(default)s")
     add("--rho", type=float, default=0.5, help="share of the FLOPs of full fine-tuning (default: %(default)s)")
-    add(
-        "--budget", choices=["flops", "seconds"], default="flops", help="what rho is a share of (default: %(default)s)"
-    )
-    low_rank = "offer linear tensors as low-rank updates of this rank too, or 'only' as such (default: whole tensors)"
-    add("--low-rank", type=lambda text: text if text == "only" else int(text), default=0, help=low_rank)
+    add("--unit", choices=["flops", "seconds"], default="flops", help="what rho is a share of (default: %(default)s)")
+    low_rank = "offer linear tensors as low-rank updates too, or only as such (default: whole tensors)"
+    add("--low-rank", choices=["also", "only"], default=False, help=low_rank)
     add("--steps", type=int, default=60, help="training steps (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="pairs in a batch (default: %(default)s)")
     add(
@@ -250,7 +248,7 @@ def add_method(base: nn.Module, args: Namespace) -> nn.Module:
     if args.method == "full":
         return base
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    greentrainer = GreenTrainerConfig(rho=args.rho, budget=args.budget, low_rank=args.low_rank, task_type="CAUSAL_LM")
+    greentrainer = GreenTrainerConfig(rho=args.rho, unit=args.unit, low_rank=args.low_rank, task_type="CAUSAL_LM")
     return get_peft_model(base, lora if args.method == "lora" else greentrainer)
 
 
@@ -329,7 +327,7 @@ def compare_costs(model: nn.Module, model_name: str | Path, batch: dict[str, Ten
     """Print what a step costs next to one of full fine-tuning. The steps that are timed move the weights."""
     print("Timing steps ...", flush=True)
     full = load_base(model_name)
-    graph = profile(full, batch, low_rank=8 if args.low_rank == "only" else args.low_rank)
+    graph = profile(full, batch, r=8 if args.low_rank else None)
     planned = {"full": graph.full_flops / 1e9}
     if args.method == "greentrainer":
         planned[args.method] = graph.flops(model.peft_config["default"].selected) / 1e9
@@ -340,7 +338,7 @@ def compare_costs(model: nn.Module, model_name: str | Path, batch: dict[str, Ten
         **measure_steps({"full": full, args.method: model}, batch, args.lr),
         "megabytes on disk": megabytes,
     }
-    if args.method == "greentrainer" and args.budget == "seconds":
+    if args.method == "greentrainer" and args.unit == "seconds":
         costs["seconds of a step, planned"] = {"share": model.base_model.selection.ratio}
     for values in costs.values():
         if args.method in values:

@@ -13,7 +13,6 @@ registration.add_peft_type()
 
 from .adapter.config import GreenTrainerConfig  # noqa: E402
 from .adapter.layer import GreenTrainerLayer  # noqa: E402
-from .adapter.model import GreenTrainerModel  # noqa: E402
 from .measuring.profile import profile  # noqa: E402
 from .planning.graph import CostGraph  # noqa: E402
 from .planning.selection import Selection, select  # noqa: E402
@@ -21,6 +20,7 @@ from .sharing.card import describe  # noqa: E402
 from .sharing.export import convert_to_lora, export_tensors, save_as_lora  # noqa: E402
 from .training.averaging import follow_selections  # noqa: E402
 from .training.callback import GreenTrainerCallback  # noqa: E402
+from .training.model import GreenTrainerModel  # noqa: E402
 
 
 registration.register(GreenTrainerConfig, GreenTrainerModel)

@@ -9,6 +9,8 @@ from typing import Any, Optional, Union
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from ..tensors.forms import LowRankForm
+
 
 # Layout of adapter_model.safetensors and of the fields below that describe it.
 FORMAT_VERSION = 1
@@ -27,7 +29,7 @@ class GreenTrainerConfig(PeftConfig):
         rho (`float`):
             The budget: FLOPs of a training step over those of full fine-tuning, both with their forward pass. In
             (0, 1]; 1.0 trains every candidate.
-        budget (`str`):
+        unit (`str`):
             What `rho` is a share of: `"flops"`, or `"seconds"`, for which operations are timed before each selection.
         reselect (`Union[int, str]`):
             When to choose the tensors again: after this many steps, `"epoch"` for every epoch, or `"once"`.
@@ -37,16 +39,16 @@ class GreenTrainerConfig(PeftConfig):
             Measure on the first rows of a batch only, in a pass of its own before the step. For those who can afford
             the memory of the budgeted step but not of a full one. Inputs whose rows do not correspond to those of the
             batch, such as the patches of all its images, are refused.
-        low_rank (`Union[int, str]`):
-            Offer every linear tensor in two forms, of which one is selected at most: whole, or as a low-rank update of
-            this rank, as in LoRA. `"only"`: linear tensors as low-rank updates only, of the rank `r`, and those that are
-            tied not at all. 0: whole tensors only, as in the paper. With low-rank forms importance is that of the update from one batch on the next, so
-            that a probe takes one batch more.
+        low_rank (`Union[bool, str]`):
+            `False`: whole tensors only, as in the paper. `"also"`: offer every linear tensor in two forms, of which one is
+            selected at most: whole, or as a low-rank update of the rank `r`, as in LoRA. `"only"`: linear tensors as
+            low-rank updates only, and those that are tied not at all. With low-rank forms importance is that of the update
+            from one batch on the next, so that a probe takes one batch more.
+        r (`int`):
+            The rank of low-rank updates.
         low_rank_lr (`float`):
             The learning rate of low-rank updates, as a multiple of the optimizer's. It is part of what was saved: the
             factors in the file are stored in its terms.
-        r (`int`):
-            The rank for `low_rank="only"`.
         target_modules (`Union[list[str], str]`, *optional*):
             The modules whose tensors may be trained: a list of names or a regular expression. Default: every module
             that owns floating-point parameters, without the tensors that did not require grad before the model was
@@ -77,7 +79,7 @@ class GreenTrainerConfig(PeftConfig):
             )
         },
     )
-    budget: str = field(
+    unit: str = field(
         default="flops",
         metadata={
             "help": (
@@ -110,20 +112,20 @@ class GreenTrainerConfig(PeftConfig):
             )
         },
     )
-    low_rank: Union[int, str] = field(
-        default=0,
+    low_rank: Union[bool, str] = field(
+        default=False,
         metadata={
             "help": (
-                "Offer every linear tensor in two forms, of which one is selected at most: whole, or as a low-rank update "
-                "of this rank, as in LoRA. 'only': as low-rank updates only, of the rank r. 0: whole tensors only."
+                "False: whole tensors only. 'also': offer every linear tensor in two forms, of which one is selected at "
+                "most: whole, or as a low-rank update of the rank r, as in LoRA. 'only': as low-rank updates only."
             )
         },
     )
+    r: int = field(default=8, metadata={"help": "The rank of low-rank updates."})
     low_rank_lr: float = field(
         default=10.0,
         metadata={"help": "The learning rate of low-rank updates, as a multiple of the optimizer's."},
     )
-    r: int = field(default=8, metadata={"help": "The rank for low_rank='only'."})
     target_modules: Optional[Union[list[str], str]] = field(
         default=None,
         metadata={
@@ -212,6 +214,11 @@ class GreenTrainerConfig(PeftConfig):
         },
     )
 
+    @property
+    def form(self) -> LowRankForm:
+        """How low-rank updates are made."""
+        return LowRankForm(self.r, self.low_rank_lr)
+
     def take_for_a_model(self) -> None:
         """Forget what belongs to the model that this config was used for before, if it was."""
         if hasattr(self, "_taken"):
@@ -246,20 +253,19 @@ class GreenTrainerConfig(PeftConfig):
         _check(
             "rho", self.rho, _is_number(self.rho) and 0 < self.rho <= 1, "in (0, 1]: the share of a full step's cost"
         )
-        _check("budget", self.budget, self.budget in ("flops", "seconds"), "'flops' or 'seconds'")
+        _check("unit", self.unit, self.unit in ("flops", "seconds"), "'flops' or 'seconds'")
         often = self.reselect in ("epoch", "once") if isinstance(self.reselect, str) else _is_count(self.reselect)
         _check("reselect", self.reselect, often, "a positive number of steps, 'epoch' or 'once'")
         _check("importance_batches", self.importance_batches, _is_count(self.importance_batches), "a number from 1")
         rows = self.probe_batch_size
         _check("probe_batch_size", rows, rows is None or _is_count(rows), "a number of rows from 1, or None")
-        low_rank = self.low_rank == "only" or self.low_rank == 0 or _is_count(self.low_rank)
-        _check("low_rank", self.low_rank, low_rank, "a rank from 1, 'only', or 0 for whole tensors only")
+        _check("low_rank", self.low_rank, self.low_rank in (False, "also", "only"), "False, 'also' or 'only'")
         _check("low_rank_lr", self.low_rank_lr, _is_number(self.low_rank_lr) and self.low_rank_lr > 0, "positive")
         _check("r", self.r, _is_count(self.r), "a rank from 1")
         self.refuse_single_rows()
-        if self.low_rank and self.budget == "seconds":
+        if self.low_rank and self.unit == "seconds":
             raise ValueError(
-                "What a low-rank form would take is known in FLOPs only: set budget='flops', or low_rank=0."
+                "What a low-rank form would take is known in FLOPs only: set unit='flops', or low_rank=False."
             )
         for name in ("target_modules", "exclude_modules"):
             patterns = getattr(self, name)

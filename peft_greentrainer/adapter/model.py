@@ -1,23 +1,20 @@
-"""GreenTrainerModel: the peft tuner. It wraps the modules that own candidate tensors and keeps the selection."""
+"""GreenTrainerTuner: what peft asks of a method, all but the training itself."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
-import torch
 from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from ..tensors.forms import LowRankForm
 from ..tensors.names import PREFIX, base_name, candidates_in, is_low_rank, low_rank_form
-from ..training.loading import follow_loading, stop_following
 from .candidates import TASK_HEADS, left_out, matches, plan_wrappers, readers
 from .config import GreenTrainerConfig
 from .embedding_view import EmbeddingView
@@ -41,71 +38,12 @@ from .values import (
 )
 
 
-class GreenTrainerModel(BaseTuner):
-    """
-    Trains, within a budget of FLOPs, the tensors that lower the loss most (https://arxiv.org/abs/2309.13192).
-
-        >>> model = get_peft_model(base, GreenTrainerConfig(rho=0.5, task_type="CAUSAL_LM"))
-        >>> Trainer(model, args, train_dataset=train, callbacks=[GreenTrainerCallback()]).train()
-
-    Until the first probe has measured anything, a provisional selection made from sizes alone is trained.
-
-    Args:
-        model ([`torch.nn.Module`]): The model to be adapted.
-        config ([`GreenTrainerConfig`]): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
-
-    **Attributes**:
-        - **model** ([`torch.nn.Module`]) -- The model to be adapted.
-        - **peft_config** ([`GreenTrainerConfig`]): The configuration of the adapter.
-    """
+class GreenTrainerTuner(BaseTuner):
+    """Wraps the modules that own candidate tensors, saves and loads their values, merges them. It knows nothing of cost."""
 
     prefix: str = "greentrainer_"
     tuner_layer_cls = GreenTrainerLayer
     target_module_mapping: dict[str, list[str]] = {}
-
-    def update_and_allocate(
-        self,
-        step: int,
-        optimizer: Union[torch.optim.Optimizer, Sequence[torch.optim.Optimizer]],
-        *,
-        epoch: Optional[int] = None,
-        group_of: Optional[Callable[[str, Tensor], Optional[dict[str, Any]]]] = None,
-    ) -> None:
-        """
-        Call this in every step, after `optimizer.step()` and before `optimizer.zero_grad()`. When a selection is due
-        it makes the next step a probe, and after the probe it selects and keeps the optimizer's groups in step.
-
-            >>> for step, batch in enumerate(loader):
-            ...     model(**batch).loss.backward()
-            ...     optimizer.step()
-            ...     model.base_model.update_and_allocate(step, optimizer)
-            ...     optimizer.zero_grad()
-
-        Args:
-            step (`int`): The number of the step that was just taken.
-            optimizer (`torch.optim.Optimizer` or a list of them): The optimizers of this model. They stay the same
-                objects; tensors of optimizers that are not handed over are not selected.
-            epoch (`int`, *optional*): The number of the epoch; needed for `reselect="epoch"`.
-            group_of (`Callable`, *optional*): Says which parameter group a tensor belongs to, where neither it nor its base
-                tensor is in one: its name in the base model and the base tensor in, one of the `param_groups` out, or None
-                to leave the tensor out.
-
-        Raises:
-            ValueError: `rho` under the floor; two active adapters; `reselect="epoch"` without `epoch`; no optimizer takes
-                any candidate; `group_of` returns what is no group, or one that does not take the tensor.
-        """
-        # The adapter knows nothing of cost: what joins the two is imported when training asks for it.
-        from ..training.allocator import allocator_of
-
-        allocator_of(self.model).update(step, optimizer, epoch, group_of)
-
-    @property
-    def selection(self):
-        """The last selection that was made ([`Selection`]), or None before the first."""
-        from ..training.allocator import allocator_of
-
-        return allocator_of(self.model).selection
 
     def __getattr__(self, name: str) -> Any:
         """Forward missing attributes to the model; the embeddings that it gives are no tuner layers."""
@@ -145,7 +83,6 @@ class GreenTrainerModel(BaseTuner):
         for holder, name, owner, owned in self._readers:
             model.get_submodule(owner).let_read(owned, holder, name)
         refuse_resizing(model)
-        follow_loading(model)
 
     def _prepare_adapter_config(self, peft_config: GreenTrainerConfig, model_config: dict) -> GreenTrainerConfig:
         heads = TASK_HEADS.get(peft_config.task_type, ())
@@ -176,7 +113,7 @@ class GreenTrainerModel(BaseTuner):
                 reason = f"is tied to {names[name]}" if name in names else "is not a candidate tensor of this model"
                 if is_low_rank(name) and not peft_config.low_rank:
                     raise ValueError(
-                        f"This delta changes {name}, and low_rank is 0 here: load it with the config that was saved with it."
+                        f"This delta changes {name}, and low_rank is False here: load it with the config that was saved with it."
                     )
                 raise ValueError(f"This delta changes {name}, which {reason}. {ELSEWHERE}")
             peft_config.tensors[name] = fingerprint(*found[name])
@@ -215,10 +152,10 @@ class GreenTrainerModel(BaseTuner):
         own, tied = self._plan[current_key]
         if isinstance(target, GreenTrainerLayer):
             layer = target
-            form = {"form": LowRankForm.of(peft_config)} if isinstance(layer, GreenTrainerLinear) else {}
+            form = {"form": peft_config.form} if isinstance(layer, GreenTrainerLinear) else {}
             layer.add_adapter(adapter_name, **form)
         else:
-            layer = wrap(target, adapter_name, LowRankForm.of(peft_config))
+            layer = wrap(target, adapter_name, peft_config.form)
             self._replace_module(parent, target_name, layer, target)
         for name, (owner, owned) in tied.items():
             layer.read_from(name, self.model.get_submodule(owner), owned)
@@ -253,7 +190,6 @@ class GreenTrainerModel(BaseTuner):
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
             warn_if_never_selected(self.model, adapter_name)
-        stop_following(self.model)
         base = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         for module in base.modules():
             stop_reading(module)

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..tensors.forms import LowRankForm
 from ..tensors.names import base_name, is_low_rank, tensor_of
 from .candidates import plan_wrappers, uses
 from .config import GreenTrainerConfig
@@ -36,7 +35,7 @@ def provisional_selection(model: nn.Module, config: GreenTrainerConfig, offered:
         shape = getattr(module, name).shape
         size = 0 if isinstance(module, nn.Embedding) else shape.numel()
         low_rank = is_low_rank(form_of.get(tensor, tensor))
-        own_cost[tensor] += 3 * LowRankForm.of(config).rank * sum(shape) if low_rank else size
+        own_cost[tensor] += 3 * config.form.rank * sum(shape) if low_rank else size
         passed.append((tensor, size, tensor == base_name(f"{key}.{name}")))
 
     room = (3 * config.rho - 1) * sum(size for _, size, _ in passed)

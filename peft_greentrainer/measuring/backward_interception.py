@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 
-if TYPE_CHECKING:
-    from .step_watch import StepWatch
+class PassListener(Protocol):
+    """Is told of every backward pass."""
+
+    def backward_pass(
+        self, roots: list[Any], keeps_graph: bool, creates_graph: bool, inputs: list[Any] | None
+    ) -> AbstractContextManager[list[nn.Parameter]]:
+        """For `torch.autograd.backward`. Gives the parameters that are to get a gradient too, if it is for some `inputs`."""
+
+    def gradients(self, outputs: list[Any], inputs: list[Any]) -> AbstractContextManager[None]:
+        """For `torch.autograd.grad`."""
 
 
 class OpenWatches(weakref.WeakSet):
@@ -27,13 +35,13 @@ class OpenWatches(weakref.WeakSet):
     `torch.autograd.grad`.
     """
 
-    def add(self, watch: StepWatch) -> None:
+    def add(self, watch: PassListener) -> None:
         if not self:
             self._backward, self._grad = torch.autograd.backward, torch.autograd.grad
             torch.autograd.backward, torch.autograd.grad = self._recorded_backward, self._recorded_grad
         super().add(watch)
 
-    def discard(self, watch: StepWatch) -> None:
+    def discard(self, watch: PassListener) -> None:
         super().discard(watch)
         if not self:
             torch.autograd.backward, torch.autograd.grad = self._backward, self._grad

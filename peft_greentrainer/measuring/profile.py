@@ -29,7 +29,7 @@ def profile(
     *,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     candidates: Iterable[str] | None = None,
-    low_rank: int = 0,
+    r: int | None = None,
     unit: Literal["flops", "seconds"] = "flops",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> CostGraph:
@@ -45,8 +45,8 @@ def profile(
         loss_fn: `loss_fn(output, batch)` gives the scalar loss, where the model's output has no `.loss`.
         candidates: names of parameters that may be selected; default: every floating-point parameter. The others
             still count in the cost of full fine-tuning.
-        low_rank: offer every weight of an `nn.Linear` as a low-rank update of this rank too, as the candidate
-            `low_rank_form(name)`; 0: whole tensors only. Not in seconds.
+        r: offer every weight of an `nn.Linear` as a low-rank update of this rank too, as the candidate
+            `low_rank_form(name)`; None: whole tensors only. Not in seconds.
         unit: "flops", or "seconds" to time every operation, in a few passes; see `peft_greentrainer.seconds`.
         optimizer: for seconds, the optimizer whose pass over each trained tensor is added; default: `torch.optim.AdamW`.
 
@@ -68,11 +68,11 @@ def profile(
         return loss_fn(output, batch) if loss_fn is not None else loss_of(output)
 
     if unit == "seconds":
-        if low_rank:
+        if r is not None:
             raise ValueError("What a low-rank form would take is known in FLOPs only: use unit='flops'.")
         recorder = timed(model, loss, parameters, optimizer)
     elif unit == "flops":
-        recorder = CostRecorder(LowRank(low_rank, linear if low_rank else {}))
+        recorder = CostRecorder(LowRank() if r is None else LowRank(r, linear))
         record(recorder, model, loss, parameters, recorder.mark)
     else:
         raise ValueError(f"unit must be 'flops' or 'seconds'; got {unit!r}.")

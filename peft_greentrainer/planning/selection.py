@@ -63,7 +63,7 @@ def select(graph: CostGraph, importance: Mapping[str, float], rho: float, always
     Args:
         graph: see `profile`.
         importance: a finite, non-negative float per candidate; a candidate that is missing has none. Only proportions
-            matter. Of the forms of a tensor (`profile(..., low_rank=8)`) at most one is taken.
+            matter. Of the forms of a tensor (`profile(..., r=8)`) at most one is taken.
         rho: the budget, in (0, 1]. Where it pays for every tensor, whole where that is offered, all of them are selected,
             whatever their importance.
         always: candidates that are trained in any case (task heads). They count in the budget.

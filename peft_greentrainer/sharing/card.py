@@ -17,7 +17,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..adapter.config import GreenTrainerConfig
-from ..tensors.forms import LowRankForm
 from ..tensors.names import is_low_rank, kind_of, tensor_of
 
 
@@ -77,11 +76,11 @@ def _training(config: GreenTrainerConfig, of_adapter: str) -> str:
     for name, print_ in (config.tensors or {}).items():
         shape = print_["shape"]
         if is_low_rank(name):
-            rank = LowRankForm.of(config).rank
+            rank = config.form.rank
             kinds[f"`{kind_of(tensor_of(name))}`, low-rank update"].append(rank * sum(shape))
         else:
             kinds[f"`{kind_of(name)}`"].append(math.prod(shape))
-    unit, bound = {"flops": ("FLOPs", "at most"), "seconds": ("seconds", "about")}[config.budget]
+    unit, bound = {"flops": ("FLOPs", "at most"), "seconds": ("seconds", "about")}[config.unit]
     lines = [
         f"## How it was trained{of_adapter}",
         "",

@@ -22,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter.config import GreenTrainerConfig
-
 
 # The alpha of LoRA over its rank, as in most recipes.
 ALPHA_PER_RANK = 2.0
@@ -35,10 +33,6 @@ class LowRankForm:
 
     rank: int
     lr: float
-
-    @classmethod
-    def of(cls, config: GreenTrainerConfig) -> LowRankForm:
-        return cls(config.r if config.low_rank == "only" else config.low_rank, config.low_rank_lr)
 
     @property
     def scale(self) -> float:

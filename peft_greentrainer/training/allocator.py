@@ -299,7 +299,7 @@ class Allocator:
             parameters,
             measure=measure,
             batch_size=config.probe_batch_size,
-            time_with=trained_by.optimizers[0] if config.budget == "seconds" else None,
+            time_with=trained_by.optimizers[0] if config.unit == "seconds" else None,
             **extra,
         )
         self._probe.arm()
@@ -384,7 +384,7 @@ class Allocator:
                 self._probe.graph(offered), config.rho
             )
 
-        return config.budget != "seconds" and from_first_rank(fits)
+        return config.unit != "seconds" and from_first_rank(fits)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -20,7 +20,7 @@ from ..tensors.names import low_rank_form
 def forms_of(model: nn.Module, adapter_name: str) -> LowRank:
     """The low-rank forms that the adapter offers, and those that it has; provisional ones may be gone after a probe."""
     config = model.peft_config[adapter_name]
-    form = LowRankForm.of(config)
+    form = config.form
     plan = plan_wrappers(config, model)
     offered = candidate_tensors(plan, model, config).keys()
     lasting = set() if config.provisional else config.tensors.keys()

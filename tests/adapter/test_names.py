@@ -115,12 +115,12 @@ def logits(model, base):
         return model.eval()(**batch_of(base))["logits"]
 
 
-@pytest.mark.parametrize("low_rank", [0, 2, "only"])
+@pytest.mark.parametrize("low_rank", [False, "also", "only"])
 @pytest.mark.parametrize("make", [Reward, Nested, Kept, Leaves])
 def test_what_was_trained_is_saved_loaded_merged_and_exported(make, low_rank, tmp_path):
     torch.manual_seed(0)
     base = make()
-    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(rho=0.8, low_rank=low_rank))
+    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(rho=0.8, low_rank=low_rank, r=2))
     run(model, base)
     model.save_pretrained(tmp_path)
     after = logits(model, base)

@@ -204,7 +204,7 @@ def test_a_config_that_is_used_again_forgets_what_was_frozen_in_another_model():
         get_peft_model(base, config)
 
 
-@pytest.mark.parametrize("low_rank", [4, "only"])
+@pytest.mark.parametrize("low_rank", ["also", "only"])
 def test_what_was_frozen_has_no_low_rank_form(low_rank):
     base = make_model("llama")
     freeze(base, "layers.0.")
@@ -585,8 +585,8 @@ def test_a_batch_with_no_more_rows_is_measured_whole(rows):
     assert all(torch.equal(kwargs[name], batch[name]) for name in batch)
 
 
-@pytest.mark.parametrize("budget", ["flops", "seconds"])
-def test_an_error_in_a_pass_on_some_rows_tells_what_to_do(budget):
+@pytest.mark.parametrize("unit", ["flops", "seconds"])
+def test_an_error_in_a_pass_on_some_rows_tells_what_to_do(unit):
     batch = patches_batch()
     # As many patches as rows, so that they look like one for each row; but the first image has two.
     batch["pixel_values"], batch["grid"] = (
@@ -594,7 +594,7 @@ def test_an_error_in_a_pass_on_some_rows_tells_what_to_do(budget):
         torch.tensor([[1, 1, 2], [1, 1, 1], [1, 1, 1], [0, 0, 0]]),
     )
     batch["grid"][3] = torch.tensor([0, 1, 1])
-    model = get_peft_model(Patches(), GreenTrainerConfig(probe_batch_size=2, budget=budget))
+    model = get_peft_model(Patches(), GreenTrainerConfig(probe_batch_size=2, unit=unit))
     model.base_model.update_and_allocate(0, torch.optim.AdamW(model.parameters()))
     with pytest.raises(ValueError, match="RuntimeError.*probe_batch_size=None") as told:
         model(**batch)

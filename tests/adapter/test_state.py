@@ -82,9 +82,9 @@ WAYS = [
     [
         ("llama", {}),
         ("llama-tied", {}),
-        ("t5", {"low_rank": 4}),
+        ("t5", {"low_rank": "also", "r": 4}),
         ("gpt2", {"low_rank": "only", "r": 2}),
-        ("llama", {"dtype": torch.bfloat16, "low_rank": 4}),
+        ("llama", {"dtype": torch.bfloat16, "low_rank": "also", "r": 4}),
     ],
     ids=str,
 )
@@ -216,9 +216,9 @@ def test_a_state_of_what_is_trained_drops_nothing():
     assert torch.equal(outputs(new, "llama"), outputs(model, "llama"))
 
 
-@pytest.mark.parametrize("change", [{"low_rank": 8}, {"low_rank": "only"}, {"low_rank": 0}])
+@pytest.mark.parametrize("change", [{"low_rank": "also", "r": 8}, {"low_rank": "only"}, {"low_rank": False}])
 def test_what_another_config_has_no_place_for_is_refused_by_name(change):
-    model = make_trained(low_rank=4)
+    model = make_trained(low_rank="also", r=4)
     with pytest.raises((RuntimeError, ValueError), match="size mismatch|Unexpected key|has no place for"):
         make(**change).load_state_dict(model.state_dict())
 
@@ -284,7 +284,9 @@ def run_of(model, steps, path=None):
     return losses
 
 
-@pytest.mark.parametrize("config", [{}, {"low_rank": 4}, {"reselect": 3, "importance_batches": 2}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"low_rank": "also", "r": 4}, {"reselect": 3, "importance_batches": 2}], ids=str
+)
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_a_plain_loop_that_is_resumed_is_the_one_that_was_not(config, step, tmp_path):
     whole = make(**config)
@@ -315,7 +317,7 @@ def test_after_loading_all_have_a_place_in_an_optimizer_and_only_what_is_selecte
     assert {name for name, p in new.named_parameters() if p.grad is not None} <= set(selected)
 
 
-@pytest.mark.parametrize("config", [{}, {"low_rank": 4}], ids=str)
+@pytest.mark.parametrize("config", [{}, {"low_rank": "also", "r": 4}], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("step", [3, 4])
 def test_an_optimizer_that_was_made_before_loading_is_kept_in_step(step, groups, config):

@@ -103,7 +103,7 @@ def test_a_pattern_that_matches_nothing_is_refused_by_name(options, name):
         ({"reselect": 0}, "reselect"),
         ({"reselect": True}, "reselect"),
         ({"importance_batches": 1.5}, "importance_batches"),
-        ({"budget": "watts"}, "budget"),
+        ({"unit": "watts"}, "unit"),
         ({"target_modules": "(unbalanced"}, "no regular expression"),
         ({"layers_pattern": "layers"}, "set layers_to_transform"),
         ({"target_modules": r".*q_proj", "layers_to_transform": [0]}, "name the layers in the expression"),

@@ -74,13 +74,13 @@ CASES = [
     *((kind, {}) for kind in TASKS),
     ("bert-sequences", {"target_modules": ["query", "value"]}),
     ("llama-sequences", {"layers_to_transform": 1}),
-    ("mlp", {"low_rank": 2}),
+    ("mlp", {"low_rank": "also", "r": 2}),
     ("mlp", {"low_rank": "only", "target_modules": ["lin0", "norm"], "modules_to_save": ["last"]}),
-    ("many kinds", {"low_rank": 2}),
+    ("many kinds", {"low_rank": "also", "r": 2}),
     ("llama-tied", {"low_rank": "only", "r": 2}),
-    ("gpt2", {"low_rank": 2}),
+    ("gpt2", {"low_rank": "also", "r": 2}),
     ("t5", {"low_rank": "only", "r": 2}),
-    ("bert-sequences", {"low_rank": 2, "target_modules": ["query", "value"]}),
+    ("bert-sequences", {"low_rank": "also", "r": 2, "target_modules": ["query", "value"]}),
 ]
 CHECKS = []
 

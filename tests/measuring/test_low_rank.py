@@ -66,7 +66,7 @@ def one_form_each(candidates, choose):
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("convnext", "clip")])
 def test_flops_of_random_forms_are_exact(kind):
     model, batch = make_model(kind), make_batch(kind)
-    graph = profile(model, batch, low_rank=RANK)
+    graph = profile(model, batch, r=RANK)
     assert graph.full_flops == profile(model, batch).full_flops
     choose = random.Random(0)
     for share in (0.05, 0.3, 0.6, 1.0):
@@ -78,7 +78,7 @@ def test_flops_of_random_forms_are_exact(kind):
 
 
 def run(kind="llama", steps=6, lr=1e-2, **options):
-    config = GreenTrainerConfig(**{"rho": 0.6, "low_rank": 2, "r": 2, "reselect": 4} | options)
+    config = GreenTrainerConfig(**{"rho": 0.6, "low_rank": "also", "r": 2, "reselect": 4} | options)
     model = get_peft_model(make_model(kind), config)
     return Loop(model, kind, lambda parameters: torch.optim.AdamW(parameters, lr=lr)).run(steps)
 
@@ -114,7 +114,7 @@ def test_only_offers_no_whole_linear_tensors(kind):
 
 
 def test_at_rho_one_linear_tensors_are_whole_unless_none_are_offered():
-    graph = profile(make_model("llama"), make_batch("llama"), low_rank=RANK)
+    graph = profile(make_model("llama"), make_batch("llama"), r=RANK)
     importance = dict.fromkeys(graph.tensors, 1.0)
     assert not select(graph, importance, rho=1.0).low_rank
     only = run(rho=1.0, low_rank="only", steps=3).selection
@@ -122,7 +122,7 @@ def test_at_rho_one_linear_tensors_are_whole_unless_none_are_offered():
 
 
 def test_selection_knows_tensors_and_forms():
-    graph = profile(make_model("llama"), make_batch("llama"), low_rank=RANK)
+    graph = profile(make_model("llama"), make_batch("llama"), r=RANK)
     importance = {name: 1.0 if is_low_rank(name) else 0.1 for name in graph.tensors}
     selection = select(graph, importance, rho=0.6)
     assert selection.low_rank < selection.tensors <= set(map(tensor_of, graph.tensors))
@@ -263,7 +263,7 @@ def test_where_everything_fits_one_pass_is_enough():
         optimizer.step()
         model.base_model.update_and_allocate(step, optimizer)
         optimizer.zero_grad()
-    everything = profile(make_model("llama"), make_batch("llama"), low_rank=2).dearest_forms
+    everything = profile(make_model("llama"), make_batch("llama"), r=2).dearest_forms
     assert model.base_model.selection.tensors == set(map(tensor_of, everything))
     assert len(model.base_model.selection.low_rank) == 22
 
@@ -296,12 +296,12 @@ def test_new_factors_are_the_same_on_every_rank_and_change_nothing():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"low_rank": -1}, "low_rank must be a rank from 1, 'only', or 0"),
+        ({"low_rank": 8}, "low_rank must be False, 'also' or 'only'"),
         ({"low_rank": "all"}, "low_rank must be"),
         ({"low_rank": True}, "low_rank must be"),
-        ({"low_rank": 8, "low_rank_lr": 0}, "low_rank_lr must be positive"),
+        ({"low_rank": "also", "r": 8, "low_rank_lr": 0}, "low_rank_lr must be positive"),
         ({"low_rank": "only", "r": 0}, "r must be a rank"),
-        ({"low_rank": 8, "budget": "seconds"}, "known in FLOPs only"),
+        ({"low_rank": "also", "r": 8, "unit": "seconds"}, "known in FLOPs only"),
     ],
     ids=str,
 )
@@ -312,7 +312,7 @@ def test_bad_options_are_refused(options, match):
 
 def test_low_rank_forms_have_no_seconds():
     with pytest.raises(ValueError, match="known in FLOPs only"):
-        profile(make_model("llama"), make_batch("llama"), unit="seconds", low_rank=2)
+        profile(make_model("llama"), make_batch("llama"), unit="seconds", r=2)
 
 
 class Gated(nn.Module):
@@ -335,10 +335,10 @@ class Gated(nn.Module):
 def test_linear_modules_that_are_called_otherwise():
     torch.manual_seed(0)
     batch = {"x": torch.randn(5, 6)}
-    graph = profile(Gated(), batch, low_rank=2)
+    graph = profile(Gated(), batch, r=2)
     assert [name for name in graph.tensors if is_low_rank(name)] == ["last.weight_low_rank"]
-    for low_rank in (0, 2):
-        model = get_peft_model(Gated(), GreenTrainerConfig(rho=0.9, low_rank=low_rank))
+    for low_rank in (False, "also"):
+        model = get_peft_model(Gated(), GreenTrainerConfig(rho=0.9, low_rank=low_rank, r=2))
         loop = Loop(model)
         for _ in range(4):
             loop.step(batch)
@@ -349,12 +349,12 @@ def test_a_file_with_updates_is_refused_without_its_config(tmp_path):
     loop = run(steps=4)
     loop.model.save_pretrained(tmp_path)
     config = GreenTrainerConfig.from_pretrained(tmp_path)
-    config.low_rank = 0
-    with pytest.raises(ValueError, match="low_rank is 0 here: load it with the config"):
+    config.low_rank = False
+    with pytest.raises(ValueError, match="low_rank is False here: load it with the config"):
         PeftModel.from_pretrained(make_model("llama"), tmp_path, config=config)
 
 
 def test_an_optimizer_without_a_learning_rate():
-    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.6, low_rank=2))
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.6, low_rank="also", r=2))
     loop = Loop(model, make_optimizer=Adafactor).run(4)
     assert loop.selection.low_rank

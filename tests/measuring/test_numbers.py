@@ -91,23 +91,23 @@ def test_importance_across_batches(size, dtype, rule):
 
 OPTIONS = [
     {},
-    {"low_rank": 8},
+    {"low_rank": "also", "r": 8},
     {"low_rank": "only"},
     {"probe_batch_size": 2},
     {"importance_batches": 2},
-    {"budget": "seconds"},
+    {"unit": "seconds"},
 ]
 
 
 @pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_float64_model_is_trained_within_the_budget_and_keeps_its_type(options, make_optimizer, tmp_path):
-    rho = 1.0 if "budget" in options else 0.6  # the floor in seconds is what the machine makes it
+    rho = 1.0 if "unit" in options else 0.6  # the floor in seconds is what the machine makes it
     model = get_peft_model(make_model("llama").double(), GreenTrainerConfig(rho=rho, reselect="once", **options))
     loop = Loop(model, make_optimizer=lambda parameters: make_optimizer(parameters, lr=1e-2)).run(4)
     assert loop.selection.ratio <= rho
     assert {value.dtype for value in model.parameters()} == {torch.float64}
-    if "budget" not in options:
+    if "unit" not in options:
         with flop_counter() as counted:
             loop.step()
         assert counted.get_total_flops() == pytest.approx(loop.selection.ratio * full_step(), rel=1e-9)
@@ -174,7 +174,7 @@ def mixed_batch(seed=0):
 
 
 @pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, torch.optim.SGD])
-@pytest.mark.parametrize("options", [{}, {"low_rank": 2}, {"probe_batch_size": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"low_rank": "also", "r": 2}, {"probe_batch_size": 3}], ids=str)
 def test_modules_of_several_types_in_one_model(options, make_optimizer, tmp_path):
     config = GreenTrainerConfig(rho=1.0, reselect="once", **options)
     model = get_peft_model(Mixed(), config)

@@ -103,7 +103,7 @@ def test_select_keeps_a_budget_in_seconds(clock):
 @pytest.mark.parametrize("rows", [None, 1])
 def test_training_within_a_budget_in_seconds(rows, clock):
     model = get_peft_model(
-        make_model("llama"), GreenTrainerConfig(rho=0.75, budget="seconds", probe_batch_size=rows, reselect="once")
+        make_model("llama"), GreenTrainerConfig(rho=0.75, unit="seconds", probe_batch_size=rows, reselect="once")
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     same = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.75, reselect="once", probe_batch_size=rows))
@@ -122,7 +122,7 @@ def test_training_within_a_budget_in_seconds(rows, clock):
 
 
 def test_the_loss_may_be_made_outside_the_model(clock):
-    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.75, budget="seconds"))
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.75, unit="seconds"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.base_model.update_and_allocate(0, optimizer)
     batch = make_batch("llama")
@@ -157,5 +157,5 @@ def test_units_are_not_mixed_up(clock):
         profile(model, batch, unit="hours")
     with pytest.raises(ValueError, match="meta device"):
         profile(model.to("meta"), {name: value.to("meta") for name, value in batch.items()}, unit="seconds")
-    with pytest.raises(ValueError, match="budget must be"):
-        GreenTrainerConfig(budget="hours")
+    with pytest.raises(ValueError, match="unit must be"):
+        GreenTrainerConfig(unit="hours")

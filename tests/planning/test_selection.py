@@ -90,7 +90,7 @@ def test_within_half_a_percent_of_the_optimum(graph, rho):
 @pytest.mark.parametrize("rho", [0.5, 0.6, 0.8])
 @pytest.mark.parametrize("kind", ["llama", "bert", "t5", "gpt-neox", "bart", "mixture", "jamba", "mamba2"])
 def test_with_two_forms_within_half_a_percent_of_the_optimum(kind, rho):
-    graph = profile(make_model(kind), make_batch(kind), low_rank=2)
+    graph = profile(make_model(kind), make_batch(kind), r=2)
     for seed in range(2):
         importance = heavy_tailed(graph, seed)
         selection = select(graph, importance, rho)

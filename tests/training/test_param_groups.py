@@ -630,7 +630,7 @@ def at_the_end_of_a_schedule(model, optimizer, step):
     ("make", "options"),
     [
         (torch.optim.AdamW, {}),
-        (torch.optim.AdamW, {"low_rank": 2}),
+        (torch.optim.AdamW, {"low_rank": "also", "r": 2}),
         (torch.optim.SGD, {"rho": 0.5, "reselect": 2}),
     ],
     ids=str,

@@ -50,7 +50,7 @@ def losses(trainer):
         ("llama", {"reselect": "epoch"}, {"weight_decay": 0.1}),
         ("llama", {"probe_batch_size": 2}, {"max_grad_norm": 0.1}),
         ("t5", {"reselect": 2}, {"lr_scheduler_type": "cosine"}),
-        ("llama", {"low_rank": 2}, {}),
+        ("llama", {"low_rank": "also", "r": 2}, {}),
         ("gpt2", {"rho": 0.5, "low_rank": "only", "r": 2, "importance_batches": 2, "reselect": 4}, {"optim": "sgd"}),
     ],
 )

@@ -83,7 +83,7 @@ class Run:
     "options",
     [
         {},
-        {"low_rank": 2},
+        {"low_rank": "also", "r": 2},
         {"low_rank": "only", "r": 2},
         {"importance_batches": 2},
         {"probe_batch_size": 2},
