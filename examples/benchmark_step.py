@@ -32,7 +32,6 @@ from peft_greentrainer import CostGraph, GreenTrainerConfig, profile, select
 from peft_greentrainer.adapter.candidates import plan_wrappers
 from peft_greentrainer.adapter.fingerprint import fingerprint
 from peft_greentrainer.adapter.values import candidate_tensors
-from peft_greentrainer.measuring.operations import graph_of
 from peft_greentrainer.measuring.recorder import CostRecorder
 
 
@@ -85,14 +84,14 @@ class Loop:
     def recorded_backward(self) -> None:
         recorder = CostRecorder()
         names = dict(self.model.named_parameters())
-        hooks = [p.register_hook(partial(recorder.mark, name)) for name, p in names.items()]
+        hooks = [p.register_hook(partial(recorder.operations.mark, name)) for name, p in names.items()]
         with recorder.forward():
             loss = self.model(**self.batch).loss
-        with recorder:
+        with recorder.backward():
             loss.backward()
         for hook in hooks:
             hook.remove()
-        graph_of(recorder, names)
+        recorder.operations.graph(names)
 
     def recorded_step(self) -> None:
         self.recorded_backward()

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "peft_greentrainer"
 ALLOWED = {
     "tensors": ("", "torch"),
     "planning": ("tensors", "numpy"),
-    "measuring": ("tensors planning", "torch numpy accelerate"),
+    "measuring": ("tensors planning", "torch numpy"),
     "adapter": ("tensors", "torch peft transformers"),
     "sharing": ("tensors adapter", "torch peft transformers safetensors huggingface_hub"),
     "training": ("tensors planning measuring adapter", "torch peft transformers accelerate"),

@@ -1,13 +1,18 @@
-"""Records every backward pass while a step is watched, whoever starts it.
+"""Tells of every backward pass while a step is watched, whoever starts it.
 
 >>> open_watches.add(watch)                        # torch.autograd.backward and torch.autograd.grad are ours now ...
 >>> open_watches.discard(watch)                    # ... and are torch's again
+
+What this changes in torch, while a step is watched and in the whole process: the attributes `backward` and `grad` of
+`torch.autograd`. The loop is the user's, and no hook of torch's tells when a backward pass begins: a hook on the loss is
+called once it runs, when it is too late to have more parameters get a gradient in it. Whoever starts one, `Tensor.backward`
+among them, goes through these two functions.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
@@ -17,7 +22,7 @@ from torch.autograd.graph import GradientEdge
 
 
 class PassListener(Protocol):
-    """Is told of every backward pass."""
+    """Is told of every backward pass, by contexts that it runs in."""
 
     def backward_pass(
         self, roots: list[Any], keeps_graph: bool, creates_graph: bool, inputs: list[Any] | None
@@ -28,12 +33,8 @@ class PassListener(Protocol):
         """For `torch.autograd.grad`."""
 
 
-class OpenWatches(weakref.WeakSet):
-    """Records every backward pass while it is not empty.
-
-    Nothing tells when a backward pass begins, but whoever starts one goes through `torch.autograd.backward` or
-    `torch.autograd.grad`.
-    """
+class OpenWatches(weakref.WeakSet[PassListener]):
+    """Those that are told of every backward pass. While it is not empty, `torch.autograd` is patched."""
 
     def add(self, watch: PassListener) -> None:
         if not self:
@@ -57,7 +58,7 @@ class OpenWatches(weakref.WeakSet):
     ) -> None:
         keeps = create_graph if retain_graph is None else retain_graph
         asked = None if inputs is None else _listed(inputs)
-        others = []
+        others: list[nn.Parameter] = []
         with ExitStack() as passes:
             for watch in list(self):
                 recorded = watch.backward_pass(_listed(tensors), keeps, create_graph, asked)
@@ -68,10 +69,10 @@ class OpenWatches(weakref.WeakSet):
                 retain_graph,
                 create_graph,
                 grad_variables,
-                None if inputs is None else [*asked, *others],
+                None if asked is None else [*asked, *others],
             )
 
-    def _recorded_grad(self, outputs: Any, inputs: Any, *args, **kwargs) -> Any:
+    def _recorded_grad(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as passes:
             for watch in list(self):
                 passes.enter_context(watch.gradients(_listed(outputs), _listed(inputs)))
@@ -86,20 +87,3 @@ def _listed(tensors: Any) -> list[Any]:
     if isinstance(tensors, (Tensor, GradientEdge)):
         return [tensors]
     return list(tensors.values() if isinstance(tensors, Mapping) else tensors)
-
-
-def other_leaves(roots: Iterable[Any], own: set[int]) -> list[Tensor]:
-    """The tensors that a backward pass from these roots gives a gradient, but for those whose ids are given."""
-    nodes = [root.grad_fn if isinstance(root, Tensor) else root.node for root in roots]
-    leaves, seen = [], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "AccumulateGrad":
-            leaf = node.variable
-            if id(leaf) not in own and leaf.requires_grad and not hasattr(leaf, "only_measures"):
-                leaves.append(leaf)
-        nodes += [following for following, _ in node.next_functions]
-    return leaves

@@ -1,6 +1,6 @@
 """Finds what a model was wrapped in, which the model itself does not know.
 
->>> around(model, DistributedDataParallel)
+>>> enclosing_modules(model, DistributedDataParallel)
 [DistributedDataParallel(...)]
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 T = TypeVar("T", bound=nn.Module)
 
 
-def around(model: nn.Module, cls: type[T]) -> list[T]:
+def enclosing_modules(model: nn.Module, cls: type[T]) -> list[T]:
     """The modules of this class, anywhere in the process, that `model` is a part of. Takes some milliseconds."""
     objects = gc.get_objects()
     classes = {found for found in set(map(type, objects)) if issubclass(found, cls)}

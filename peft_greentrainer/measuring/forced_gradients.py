@@ -1,6 +1,6 @@
 """Activations that are made to require grad: their gradients are computed in every step, whatever is trained.
 
-    >>> with NoticeForcedGradient(recorder):          # as CostRecorder does
+    >>> with NoticeForcedGradient(operations):        # as CostRecorder does
     ...     embeddings.requires_grad_(True)           # in a hook of gradient checkpointing, say
 
 transformers, peft and trl do so to the output of the input embedding when gradient checkpointing is switched on, because
@@ -10,34 +10,37 @@ activation gradient from the loss down to that tensor.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .operations import Operations
+
 
 # A new object at every access, so it is compared by equality.
-_SET_REQUIRES_GRAD = Tensor.requires_grad.__set__
-
-
-class Recorder(Protocol):
-    """What is asked of a recorder."""
-
-    def force(self, grad: Tensor) -> None: ...
+_SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]  # on the class it is a descriptor
 
 
 class NoticeForcedGradient(TorchFunctionMode):
-    """While active, tells a recorder of the gradients of activations that are made to require grad."""
+    """Notes the gradients of activations that are made to require grad among the operations that every step runs."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, operations: Operations) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.operations = operations
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is Tensor.requires_grad_ or func == _SET_REQUIRES_GRAD:
             tensor = args[0]
             if torch.is_grad_enabled() and tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
-                tensor.register_hook(self.recorder.force)
+                tensor.register_hook(self.operations.force)
         return out

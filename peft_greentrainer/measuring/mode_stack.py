@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -22,11 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Mode = TorchDispatchMode | TorchFunctionMode
 
 
-class _Stack(NamedTuple):
-    count: Callable[[], int]
+@dataclass(frozen=True)
+class _Stack:
+    """Torch's own functions for one of its two stacks of modes."""
+
+    size: Callable[[], int]
     at: Callable[[int], Mode]
     pop: Callable[[], Any]
-    push: Callable[[Mode], None]
+    push: Callable[[Any], None]
 
 
 _DISPATCH = _Stack(
@@ -73,7 +77,7 @@ def _stack_of(mode: Mode) -> _Stack:
 
 def _entered(stack: _Stack) -> list[Mode]:
     """The modes that are on, but for those of torch itself, which have places of their own below."""
-    modes = [stack.at(i) for i in range(stack.count())]
+    modes = [stack.at(i) for i in range(stack.size())]
     return [mode for mode in modes if getattr(mode, "_mode_key", None) is None]
 
 

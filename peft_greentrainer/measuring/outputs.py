@@ -8,7 +8,7 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ def loss_in(output: Any) -> Tensor | None:
 
 def _walk(output: Any) -> Iterator[Any]:
     """The output and all that it holds, what is nearer first."""
-    level, seen = [output], set()
+    level = [output]
+    seen: set[int] = set()
     while level:
         level = [value for value in level if id(value) not in seen]
         seen.update(map(id, level))
@@ -46,7 +47,7 @@ def _held(value: Any) -> list[Any]:
         return list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
         return list(value)
-    if isinstance(value, (Tensor, nn.Module, type, Callable)):
+    if isinstance(value, (Tensor, nn.Module)) or callable(value):
         return []
     slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
     return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]

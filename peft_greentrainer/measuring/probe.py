@@ -10,33 +10,41 @@
     >>> graph, importances = probe.graph(parameters), probe.importances()
 
 In the passes of that step every tensor requires grad. The gradients of tensors that are not being trained are freed as they arrive,
-so accumulated gradients, clipping and the optimizer see those of the trained ones, as always. With `batch_size` the
-measurement is a pass of its own on the first rows of the batch, before the step.
+so accumulated gradients, clipping and the optimizer see those of the trained ones, as always. With a `part` of the batch the
+measurement is a pass of its own on that part, before the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..planning.graph import CostGraph
 from ..tensors.names import candidate_of
-from .enclosing import around
-from .entries import Entries, Entry
-from .first_rows import first_rows, say_of_rows
-from .low_rank import LowRank
-from .measure import Measure
-from .operations import graph_of
+from .calls import Call, Calls
+from .enclosing import enclosing_modules
+from .importance import Measure
+from .low_rank import LowRankForms
+from .operations import Operations
 from .outputs import tensors_of
 from .passes import loss_of, record
 from .recorder import CostRecorder
-from .seconds import PASSES, TimedRecorder, timed
+from .seconds import PASSES, timed
 from .step_watch import StepWatch
+
+
+class BatchPart(Protocol):
+    """A part of every batch, for a pass of its own that takes less memory."""
+
+    def cut(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call of the model, for this part only."""
+
+    def explained_errors(self) -> AbstractContextManager[None]:
+        """For what runs on the part: lets an error in it say so."""
 
 
 class Probe:
@@ -47,7 +55,7 @@ class Probe:
         parameters: what to measure, by name: for each tensor, the parameter that forward uses.
         measure: gives the importance of candidates by the gradient of a parameter; it is averaged over passes.
         batches: number of backward passes.
-        batch_size: measure on so many rows, in a pass of its own; None: on the whole batch, in the step itself.
+        part: measure on this part of each batch, in a pass of its own; None: on the whole batch, in the step itself.
         time_with: for a cost in seconds, the optimizer that takes the steps: operations are timed before the first pass, in
             a few of their own. None: the cost is in FLOPs.
         forms: the low-rank forms of the model, whose cost is noted too.
@@ -63,21 +71,21 @@ class Probe:
         *,
         measure: Measure,
         batches: int = 1,
-        batch_size: int | None = None,
+        part: BatchPart | None = None,
         time_with: torch.optim.Optimizer | None = None,
-        forms: LowRank = LowRank(),
+        forms: LowRankForms = LowRankForms(),
     ) -> None:
         self.model = model
         self.parameters = parameters
         self.measure = measure
         self.batches = batches
-        self.batch_size = batch_size
+        self.part = part
         self.time_with = time_with
         self.passes = 0
         self.turns = 0
         self.forms = forms
-        self.recorder = CostRecorder(forms, self._measured)
-        self._timed: TimedRecorder | None = None
+        self.recorder = CostRecorder()
+        self._timed: Operations | None = None
         self._sums: dict[str, Tensor | float] = {}
         self._passes_before = 0
         self._armed = ExitStack()
@@ -89,45 +97,53 @@ class Probe:
             on_gradient=self._arrived,
             on_pass=self._count,
             on_failure=self._begin_anew,
+            forms=forms,
         )
-        if batch_size is None:
-            self._entries = Entries(model, self._watch.entered, self._watch.left)
+        if part is None:
+            self._calls = Calls(model, self._watch.entered, self._watch.left)
         else:
-            self._entries = Entries(model, self._pass_of_its_own)
+            self._calls = Calls(model, self._pass_of_its_own)
         self._in_own_pass = False
-        self._passed: Entry | None = None  # the last call that there was a pass for
+        self._passed: Call | None = None  # the last call that there was a pass for
 
     @property
     def complete(self) -> bool:
         return self.passes >= self.batches
 
-    def price(self, share: float) -> float:
+    def cost_of_step(self, share: float) -> float:
         """What a probed step costs, in full steps, where it would cost `share` otherwise; at most, if counted in FLOPs.
 
-        >>> Probe(model, parameters, measure=measure, batch_size=1).price(0.5)   # the step, and a pass on some rows
+        >>> Probe(model, parameters, measure=measure, part=FirstRows(1)).cost_of_step(0.5)    # and a pass on a row
         1.5
         """
         timing = 0 if self.time_with is None else 1 + 2 * PASSES
-        return timing + (1.0 if self.batch_size is None else 1.0 + share)
+        return timing + (1.0 if self.part is None else 1.0 + share)
 
     def arm(self) -> None:
-        """Measure from the next forward pass with gradients on. Until then nothing changes."""
-        holders = around(self.model, nn.Module)
+        """Measure from the next forward pass with gradients on. Until then nothing is computed otherwise.
+
+        What this changes in the user's modules until `disarm`: see `Calls`, and what is compiled runs eagerly.
+        """
+        holders = enclosing_modules(self.model, nn.Module)
         for module in [*self.model.modules(), *holders]:
             self._run_eagerly(module)
         self._armed.callback(self._watch.close)
-        self._armed.callback(self._entries.remove)
-        self._entries.install(holders)
+        self._armed.callback(self._calls.remove)
+        self._calls.install(holders)
 
     def _run_eagerly(self, module: nn.Module) -> None:
-        """What is compiled neither sees hooks that are new nor has operations to record."""
+        """Replace what is compiled, by `module.compile()` or `torch.compile(module)`, by what it was compiled from.
+
+        Compiled code neither sees hooks that are new nor has operations to record.
+        """
         if module._compiled_call_impl is not None:
             self._armed.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
             module._compiled_call_impl = None
-        if "_orig_mod" in module._modules:  # made by torch.compile
+        compiled_from = module._modules.get("_orig_mod")
+        if compiled_from is not None:  # made by torch.compile
             state = vars(module)
             self._armed.callback(state.__setitem__, "forward", state["forward"])
-            state["forward"] = module._orig_mod.__call__
+            state["forward"] = compiled_from.__call__
 
     def disarm(self) -> None:
         """Leave the model as it was before."""
@@ -136,7 +152,7 @@ class Probe:
     def end_turn(self) -> None:
         """What comes next is another step, or another micro-batch."""
         self._watch.close()
-        self._entries.running.clear()  # of what an interrupt may have left
+        self._calls.running.clear()  # of what an interrupt may have left
         self._passed = None
         self.turns += self.passes > self._passes_before
         self._passes_before = self.passes
@@ -147,7 +163,7 @@ class Probe:
 
     def reached(self) -> set[str]:
         """The candidates, and other tensors, that got a gradient so far and have a cost."""
-        return set((self._timed or self.recorder).needed_by)
+        return set((self._timed or self.recorder.operations).needed_by)
 
     def go_on(self) -> None:
         """Measure the next step too; what was timed is timed anew, in passes like that step's."""
@@ -162,7 +178,7 @@ class Probe:
             "turns": self.turns,
             "sums": {name: float(total) for name, total in self._sums.items()},
             "measure": self.measure.state_dict(),
-            "recorder": self.recorder.state_dict(),
+            "recorder": self.recorder.operations.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -173,21 +189,14 @@ class Probe:
             self.turns, self.batches = state.get("turns", self.passes), state.get("batches", self.batches)
             self._sums = dict(state["sums"])  # a number and a tensor add up in the type of the tensor
             self.measure.load_state_dict(state["measure"])
-            self.recorder.load_state_dict(state["recorder"])
+            self.recorder.operations.load_state_dict(state["recorder"])
 
     def graph(self, candidates: Iterable[str]) -> CostGraph:
         """The cost graph of one step, or of one micro-batch: the mean of what was recorded so far."""
         if self._timed is not None:
-            return graph_of(self._timed, candidates)
-        parts = self.turns if self.batch_size is None else self.passes
-        graph = graph_of(self.recorder, candidates)
-        return replace(
-            graph,
-            forward_cost=graph.forward_cost // parts,
-            full_cost=graph.full_cost // parts,
-            costs=graph.costs // parts,
-            forced_cost=graph.forced_cost // parts,
-        )
+            return self._timed.graph(candidates)
+        steps = self.turns if self.part is None else self.passes
+        return self.recorder.operations.graph(candidates, steps=steps, has_updates=not self.forms.provisional)
 
     def importances(self) -> dict[str, float]:
         """The mean importance of each candidate over the passes so far."""
@@ -198,36 +207,32 @@ class Probe:
 
     def _begin_anew(self) -> None:
         """What was recorded of a backward pass that was not finished means nothing: measure from the start."""
-        self.recorder = CostRecorder(self.forms, self._measured)
+        self.recorder = CostRecorder()
         self._watch.begin_anew(self.recorder)
         self._sums.clear()
         self.measure.reset()
         self.passes = self.turns = self._passes_before = 0
 
     def _arrived(self, name: str, grad: Tensor) -> None:
-        self.recorder.mark(candidate_of(name), grad)
-        self._measured(name, grad)
+        self.recorder.operations.mark(candidate_of(name), grad)
+        for candidate, importance in self.measure(name, grad).items():
+            self._sums[candidate] = self._sums.get(candidate, 0.0) + importance
 
-    def _measured(self, name: str, grad: Tensor) -> None:
-        for candidate, measured in self.measure(name, grad).items():
-            self._sums[candidate] = self._sums.get(candidate, 0.0) + measured
-
-    def _pass_of_its_own(self, running: list[Entry]) -> None:
-        entry = self._of_whole_model(running)
-        if self.complete or self._in_own_pass or entry in (None, self._passed) or not torch.is_grad_enabled():
+    def _pass_of_its_own(self, running: list[Call]) -> None:
+        assert self.part is not None
+        call = self._of_whole_model(running)
+        if call is None or call is self._passed or self.complete or self._in_own_pass or not torch.is_grad_enabled():
             return
-        self._passed = entry
-        args, kwargs = first_rows(entry.args, entry.kwargs, self.batch_size)
-        with say_of_rows(self.batch_size):
+        self._passed = call
+        args, kwargs = self._arguments(call)
+        with self.part.explained_errors():
             self._time(running)
-            self._measure_on(entry, args, kwargs)
+            self._measure_on(lambda: loss_of(call.function(*args, **kwargs)))
 
-    def _measure_on(self, entry: Entry, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _measure_on(self, loss: Callable[[], Tensor]) -> None:
         self._in_own_pass = True
         try:
-            record(
-                self.recorder, self.model, lambda: loss_of(entry.call(*args, **kwargs)), self.parameters, self._arrived
-            )
+            record(self.recorder, self.model, loss, self.parameters, self._arrived, self.forms)
             self._count()
         except BaseException:
             self._begin_anew()
@@ -235,21 +240,22 @@ class Probe:
         finally:
             self._in_own_pass = False
 
-    def _of_whole_model(self, running: list[Entry]) -> Entry | None:
+    def _of_whole_model(self, running: list[Call]) -> Call | None:
         """The outermost call of the model or of one of its methods, which can be repeated on some rows."""
-        return next((entry for entry in running if entry.module is self.model), None)
+        return next((call for call in running if call.module is self.model), None)
 
-    def _time(self, running: list[Entry]) -> None:
+    def _arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (call.args, call.kwargs) if self.part is None else self.part.cut(call.args, call.kwargs)
+
+    def _time(self, running: list[Call]) -> None:
         if self.time_with is None or self._timed is not None or self._in_own_pass:
             return
-        entry = self._of_whole_model(running) or running[0]
-        args, kwargs = entry.args, entry.kwargs
-        if self.batch_size is not None:
-            args, kwargs = first_rows(args, kwargs, self.batch_size)
+        call = self._of_whole_model(running) or running[0]
+        args, kwargs = self._arguments(call)
         self._in_own_pass = True
         try:
             self._timed = timed(
-                self.model, lambda: _scalar_of(entry.call(*args, **kwargs)), self.parameters, self.time_with
+                self.model, lambda: _scalar_of(call.function(*args, **kwargs)), self.parameters, self.time_with
             )
         finally:
             self._in_own_pass = False
@@ -260,4 +266,5 @@ def _scalar_of(output: Any) -> Tensor:
     try:
         return loss_of(output)
     except ValueError:
-        return sum(tensor.float().mean() for tensor in tensors_of(output) if tensor.requires_grad)
+        first, *others = (tensor.float().mean() for tensor in tensors_of(output) if tensor.requires_grad)
+        return sum(others, start=first)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ..planning.graph import CostGraph
 from ..tensors.names import low_rank_form
 from ..tensors.trainable import can_be_trained
-from .low_rank import LowRank
-from .operations import graph_of
+from .low_rank import LowRankForms
 from .passes import loss_of, record
 from .recorder import CostRecorder
 from .seconds import timed
@@ -25,7 +24,7 @@ from .seconds import timed
 
 def profile(
     model: nn.Module,
-    batch: Mapping[str, Any] | tuple | Tensor,
+    batch: Mapping[str, Any] | tuple[Any, ...] | Tensor,
     *,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     candidates: Iterable[str] | None = None,
@@ -47,7 +46,7 @@ def profile(
             still count in the cost of full fine-tuning.
         r: offer every weight of an `nn.Linear` as a low-rank update of this rank too, as the candidate
             `low_rank_form(name)`; None: whole tensors only. Not in seconds.
-        unit: "flops", or "seconds" to time every operation, in a few passes; see `peft_greentrainer.seconds`.
+        unit: "flops", or "seconds" to time every operation, in a few passes; see `peft_greentrainer.measuring.seconds`.
         optimizer: for seconds, the optimizer whose pass over each trained tensor is added; default: `torch.optim.AdamW`.
 
     Raises:
@@ -70,10 +69,12 @@ def profile(
     if unit == "seconds":
         if r is not None:
             raise ValueError("What a low-rank form would take is known in FLOPs only: use unit='flops'.")
-        recorder = timed(model, loss, parameters, optimizer)
+        operations = timed(model, loss, parameters, optimizer)
     elif unit == "flops":
-        recorder = CostRecorder(LowRank() if r is None else LowRank(r, linear))
-        record(recorder, model, loss, parameters, recorder.mark)
+        recorder = CostRecorder()
+        forms = LowRankForms() if r is None else LowRankForms(r, linear)
+        operations = recorder.operations
+        record(recorder, model, loss, parameters, operations.mark, forms)
     else:
         raise ValueError(f"unit must be 'flops' or 'seconds'; got {unit!r}.")
-    return graph_of(recorder, [*parameters, *linear] if candidates is None else candidates)
+    return operations.graph([*parameters, *linear] if candidates is None else candidates)

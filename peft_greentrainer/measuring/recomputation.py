@@ -13,6 +13,7 @@ Reentrant checkpointing is a custom function of autograd, and whoever writes one
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 import torch
 from torch.autograd.function import BackwardCFunction
@@ -25,7 +26,7 @@ def is_recomputing() -> bool:
     node = torch._C._current_autograd_node()
     if isinstance(node, BackwardCFunction) and "checkpoint" in node._forward_cls.__name__.lower():
         return True
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if "unpack" in frame.f_code.co_name and "checkpoint" in frame.f_globals.get("__name__", ""):
             return True

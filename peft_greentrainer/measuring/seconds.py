@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 
 from .forced_gradients import NoticeForcedGradient
-from .low_rank import LowRank
+from .importance import unwrapped
+from .operations import Operations
 from .passes import record
 from .recorder import CostRecorder
 
@@ -35,49 +38,55 @@ PASSES = 3
 SMALL, LARGE = (256, 64), (16, 2**20)
 
 
-class TimedRecorder(CostRecorder):
-    """Notes nanoseconds. Operations are waited for, so on an accelerator their launches do not overlap."""
+class TimedOperations(Operations):
+    """Operations in nanoseconds, of a pass that is also timed as a whole."""
 
     unit = "seconds"
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        # A kernel that runs only where a bias is frozen is not seen while everything is trained, so it has no time.
-        with self, NoticeForcedGradient(self):
-            yield
+    def charge_always(self, grad: Tensor) -> None:
+        self.force(grad)  # the time of the forward pass becomes that of the whole one
 
-    def run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int]:
+
+class TimedRecorder(CostRecorder):
+    """Notes nanoseconds. Operations are waited for, so on an accelerator their launches do not overlap."""
+
+    def _new_operations(self) -> TimedOperations:
+        return TimedOperations()
+
+    def _among_modes(self) -> AbstractContextManager[Any]:
+        return self  # on top: what modes of the user's take is part of every step
+
+    def _modes_of_forward(self) -> list[TorchFunctionMode]:
+        # A kernel that runs only where a bias is frozen is not seen while everything is trained, so it has no time.
+        return [NoticeForcedGradient(self.operations)]
+
+    def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int]:
         start = _now()
         out = func(*args, **kwargs)
         return out, _now() - start
 
-    def charge_always(self, grad: Tensor) -> None:
-        self.force(grad)  # the forward pass is timed as a whole
 
+class Stopwatch(CostRecorder):
+    """Times passes as a whole, where any other recorder looks into them.
 
-class Stopwatch:
-    """Times a pass as a whole, where a recorder would look into it."""
+    Attributes:
+        forward_cost: nanoseconds of the last forward pass.
+        backward_cost: nanoseconds of the last backward pass.
+    """
 
     forward_cost = backward_cost = 0
-    forms = LowRank()
-
-    def mark(self, name: str, grad: Tensor) -> None:
-        pass
-
-    def charge_always(self, grad: Tensor) -> None:
-        pass
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self, origin: int = 0) -> Iterator[None]:
         start = _now()
         yield
         self.forward_cost = _now() - start
 
-    def __enter__(self) -> None:
-        self._start = _now()
-
-    def __exit__(self, *exception: Any) -> None:
-        self.backward_cost = _now() - self._start
+    @contextmanager
+    def backward(self, creates_graph: bool = False, is_always_run: bool = False) -> Iterator[None]:
+        start = _now()
+        yield
+        self.backward_cost = _now() - start
 
 
 def timed(
@@ -85,36 +94,48 @@ def timed(
     loss: Callable[[], Tensor],
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer | None = None,
-) -> TimedRecorder:
-    """Record some passes of the model in which all these parameters get a gradient; costs are medians, in nanoseconds.
+) -> Operations:
+    """The operations of a pass in which all these parameters get a gradient; costs are medians of some, in nanoseconds.
 
     Args:
-        loss: runs the forward pass.
+        model: the module whose passes these are. It is left as it was.
+        loss: runs the forward pass and gives the scalar loss.
+        parameters: what gets a gradient, by name.
         optimizer: the optimizer whose pass over each tensor is added; None: `torch.optim.AdamW`.
+
+    Raises:
+        ValueError: on the `meta` device.
     """
     like = next(iter(parameters.values()))
     if like.device.type == "meta":
         raise ValueError("On the meta device nothing runs, so there are no seconds: use unit='flops'.")
-    warm_up = Stopwatch()
-    record(warm_up, model, loss, parameters, warm_up.mark)
-    recorders, whole = [], []
-    for _ in range(PASSES):
-        for recorder, kept in ((Stopwatch(), whole), (TimedRecorder(), recorders)):
-            record(recorder, model, loss, parameters, recorder.mark)
-            kept.append(recorder)
 
+    def stopped() -> Stopwatch:
+        stopwatch = Stopwatch()
+        record(stopwatch, model, loss, parameters, on_gradient=lambda name, grad: None)
+        return stopwatch
+
+    stopped()  # warms up
+    whole, recorded = [], []
+    for _ in range(PASSES):
+        whole.append(stopped())
+        recorder = TimedRecorder()
+        record(recorder, model, loss, parameters, recorder.operations.mark)
+        recorded.append(recorder.operations)
+
+    operations = recorded[-1]
     # Routing that depends on chance may run other operations each time; then the last pass has to do.
-    if len({len(r.costs) for r in recorders}) == 1:
-        recorder.costs = np.median([r.costs for r in recorders], axis=0).tolist()
+    if len({len(each.costs) for each in recorded}) == 1:
+        operations.costs = np.median([each.costs for each in recorded], axis=0).tolist()
     # What passes between operations, or on an accelerator overlaps: the interpreter, the engine of autograd.
-    share = median(w.backward_cost for w in whole) / max(1, sum(recorder.costs))
-    recorder.costs = [round(share * cost) for cost in recorder.costs]
-    recorder.forward_cost = median(w.forward_cost for w in whole)
+    share = median(stopwatch.backward_cost for stopwatch in whole) / max(1, sum(operations.costs))
+    operations.costs = [round(share * cost) for cost in operations.costs]
+    operations.forward_cost = round(median(stopwatch.forward_cost for stopwatch in whole))
     per_tensor, per_weight = optimizer_seconds(optimizer, like)
-    for name in recorder.needed_by:
+    for name in operations.needed_by:
         nanoseconds = 1e9 * (per_tensor + per_weight * parameters[name].numel())
-        recorder.needed_by[name] |= recorder.new_operation(round(nanoseconds))
-    return recorder
+        operations.needed_by[name] |= operations.new_operation(round(nanoseconds))
+    return operations
 
 
 def optimizer_seconds(optimizer: torch.optim.Optimizer | None, like: Tensor) -> tuple[float, float]:
@@ -148,7 +169,7 @@ def optimizer_seconds(optimizer: torch.optim.Optimizer | None, like: Tensor) -> 
 
 def _another(optimizer: torch.optim.Optimizer | None, tensors: list[nn.Parameter]) -> torch.optim.Optimizer:
     if optimizer is not None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        optimizer = unwrapped(optimizer)
         try:
             return type(optimizer)(tensors, **optimizer.defaults)
         except TypeError:  # a class whose defaults are not its arguments

@@ -1,11 +1,11 @@
 """Records every pass of a model in a training step, and has all of its parameters require grad in passes only.
 
-    >>> watch = StepWatch(model, parameters, recorder, begins=print, on_gradient=recorder.mark, ...)
-    >>> Entries(model, watch.entered, watch.left).install(holders=[])
+    >>> watch = StepWatch(model, parameters, recorder, begins=print, on_gradient=recorder.operations.mark, ...)
+    >>> Calls(model, watch.entered, watch.left).install(holders=[])
     >>> model(**batch).loss.backward()                # as the user's loop runs it
     >>> watch.close()
 
-A pass may be entered anywhere (see `entries`), also inside of another one: a hook may run the model again, and so may a
+A pass may be entered anywhere (see `calls`), also inside of another one: a hook may run the model again, and so may a
 custom function. What runs between a forward pass and the backward pass (a loss in the loop) is part of the forward pass.
 """
 
@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .backward_interception import open_watches, other_leaves
-from .entries import Entry
-from .low_rank import NoticeLowRank
+from .backward_interception import open_watches
+from .calls import Call
+from .low_rank import LowRankForms
 from .mode_stack import put_at_bottom, take_from_bottom
+from .operations import ForwardCost
 from .outputs import tensors_of
-from .passes import free_gradient
+from .passes import RecordedPasses
 from .recorder import CostRecorder
 
 
@@ -37,9 +38,10 @@ class StepWatch:
         parameters: what gets a gradient in them, by name.
         recorder: what they are recorded with.
         begins: is called with the calls that have not returned, before the outermost is recorded.
-        on_gradient: is called with the name of a parameter and its gradient.
+        on_gradient: is called with the name of a parameter, or of a factor that does not exist yet, and its gradient.
         on_pass: is called after a backward pass that has given gradients.
         on_failure: is called after a backward pass that raised.
+        forms: the low-rank forms of the model.
     """
 
     def __init__(
@@ -48,25 +50,23 @@ class StepWatch:
         parameters: Mapping[str, nn.Parameter],
         recorder: CostRecorder,
         *,
-        begins: Callable[[list[Entry]], None],
+        begins: Callable[[list[Call]], None],
         on_gradient: Callable[[str, Tensor], None],
         on_pass: Callable[[], None],
         on_failure: Callable[[], None],
+        forms: LowRankForms = LowRankForms(),
     ) -> None:
         self.model = model
-        self.parameters = parameters
         self.recorder = recorder
         self._begins, self._on_gradient, self._on_pass, self._on_failure = begins, on_gradient, on_pass, on_failure
-        self._own = {*map(id, model.parameters()), *map(id, parameters.values())}
+        self._passes = RecordedPasses(model, parameters, recorder, self._arrived, forms)
         self._opened = ExitStack()
         self._is_open = False
-        self._frozen: list[nn.Parameter] = []
         self._recorded: list[_Recorded] = []
-        self._waiting: dict[
-            int, _Waiting
-        ] = {}  # forward passes that no backward pass has come from as yet, by their bit
+        # Forward passes that no backward pass has come from as yet, by their bit.
+        self._waiting: dict[int, _Waiting] = {}
         self._next_bit = 1
-        self._between_since: _Cost | None = None
+        self._between_since: ForwardCost | None = None
         self._begins_now = False
         self._backward_passes = 0
         self._has_gradients = False
@@ -79,7 +79,7 @@ class StepWatch:
         self._stop_between()
         self.recorder.rests = self._between_since is not None
         for waiting in self._waiting.values():
-            self._take_back(waiting.cost)
+            self.recorder.operations.take_back(waiting.cost)
         self._waiting.clear()
         self._opened.close()
 
@@ -87,16 +87,16 @@ class StepWatch:
         """Nothing of what was recorded means anything."""
         self._waiting.clear()
         self.close()
-        self.recorder = recorder
+        self.recorder = self._passes.recorder = recorder
 
     def only_measures(self, parameter: nn.Parameter) -> bool:
         """Whether it requires grad in passes only."""
-        return any(parameter is frozen for frozen in self._frozen)
+        return any(parameter is frozen for frozen in self._passes.frozen)
 
     # Forward passes
 
-    def entered(self, running: list[Entry]) -> None:
-        """For `Entries`: record from here on what is entered from outside."""
+    def entered(self, running: list[Call]) -> None:
+        """For `Calls`: record from here on what is entered from outside."""
         if self.recorder.runs_forward or self._begins_now:
             return
         self._stop_between()
@@ -107,20 +107,18 @@ class StepWatch:
                 self._begins(running)
             finally:
                 self._begins_now = False
-        elif not self.model.training or any(_generates(entry) for entry in running):
+        elif not self.model.training or any(_generates(call) for call in running):
             return
         self._open()
-        owner = next(entry for entry in running if entry.has_gradients == has_gradients)
+        owner = next(call for call in running if call.has_gradients == has_gradients)
         contexts = ExitStack()
-        if has_gradients:
-            contexts.enter_context(self._all_require_grad())
-        contexts.enter_context(self.recorder.forward(origin=self._next_bit))
-        self._recorded.append(_Recorded(owner, contexts, self._next_bit, self._cost()))
+        contexts.enter_context(self._passes.forward(origin=self._next_bit))
+        self._recorded.append(_Recorded(owner, contexts, self._next_bit, self._cost))
         self._next_bit <<= 1
 
-    def left(self, running: list[Entry], output: Any) -> None:
-        """For `Entries`: the last of these calls returns."""
-        if self._recorded and self._recorded[-1].entry is running[-1]:
+    def left(self, running: list[Call], output: Any) -> None:
+        """For `Calls`: the last of these calls returns."""
+        if self._recorded and self._recorded[-1].call is running[-1]:
             recorded = self._recorded.pop()
             recorded.contexts.close()
             self._wait_for_backward(recorded, output)
@@ -134,7 +132,7 @@ class StepWatch:
         # No tensor may be found in an output of any kind, or in one made without gradients: the turn's end tells then.
         has_failed = output is None and sys.exc_info()[0] is not None
         kept = None if tensors or has_failed else graph
-        self._waiting[recorded.bit] = _Waiting(self._cost() - recorded.before, kept)
+        self._waiting[recorded.bit] = _Waiting(self._cost - recorded.before, kept)
         weakref.finalize(graph, self._graph_is_gone, recorded.bit).atexit = False
         for tensor in tensors:
             tensor.register_hook(graph)
@@ -145,24 +143,21 @@ class StepWatch:
     def _graph_is_gone(self, bit: int) -> None:
         if bit in self._waiting:
             was_between = self._stop_between()
-            self._take_back(self._waiting.pop(bit).cost)
+            self.recorder.operations.take_back(self._waiting.pop(bit).cost)
             if not (self._waiting or self._recorded or self._backward_passes):
                 self.close()
             elif was_between:
                 self._start_between()
 
-    def _cost(self) -> _Cost:
-        return _Cost(self.recorder.forward_cost, self.recorder.added_forward_cost)
-
-    def _take_back(self, cost: _Cost) -> None:
-        self.recorder.forward_cost -= cost.forward
-        self.recorder.added_forward_cost -= cost.added
+    @property
+    def _cost(self) -> ForwardCost:
+        return self.recorder.operations.forward
 
     def _start_between(self) -> None:
         """See what the loop runs between passes, with what comes from them."""
         if self._between_since is None:
             put_at_bottom(self.recorder)
-            self._between_since = self._cost()
+            self._between_since = self._cost
 
     def _stop_between(self) -> bool:
         """What the loop has run since belongs to the last forward pass; false if the recorder was not there."""
@@ -171,7 +166,7 @@ class StepWatch:
         if self._waiting:
             last = next(reversed(self._waiting))
             waiting = self._waiting[last]
-            self._waiting[last] = _Waiting(waiting.cost + (self._cost() - self._between_since), waiting.graph)
+            self._waiting[last] = _Waiting(waiting.cost + (self._cost - self._between_since), waiting.graph)
         self._between_since = None
         self.recorder.rests = False
         return True
@@ -188,15 +183,12 @@ class StepWatch:
         """
         self._stop_between()
         origin = self._origin(roots)
-        leaves = other_leaves(roots, self._own) if origin and inputs is None else []
-        of_others = inputs is not None and not any(id(tensor) in self._own for tensor in inputs)
-        recording = self.recorder.backward(creates_graph, is_always_run=of_others and origin > 0)
+        charged = roots if origin and inputs is None else []
+        of_others = inputs is not None and not any(id(tensor) in self._passes.own for tensor in inputs)
         self._backward_passes += 1
         try:
-            with self._all_require_grad(), recording, ExitStack() as hooks:
-                for leaf in leaves:
-                    hooks.callback(leaf.register_hook(self.recorder.charge_always).remove)
-                yield [] if of_others else self._frozen
+            with self._passes.backward(charged, creates_graph, is_always_run=of_others and origin > 0):
+                yield [] if of_others else self._passes.frozen
         except BaseException:
             if self._backward_passes == 1:
                 self._has_gradients = False
@@ -216,7 +208,7 @@ class StepWatch:
     def gradients(self, outputs: list[Any], inputs: list[Any]) -> Iterator[None]:
         """For gradients of activations: these cost the same whatever is trained. Those of parameters are not measured."""
         was_between = self._stop_between()
-        of_parameters = any(id(tensor) in self._own for tensor in inputs)
+        of_parameters = any(id(tensor) in self._passes.own for tensor in inputs)
         try:
             if of_parameters or not (self._origin(outputs) or self.recorder.is_active):
                 yield
@@ -240,72 +232,38 @@ class StepWatch:
             if bit & origin:
                 del self._waiting[bit]
 
-    def _arrived(self, name: str, grad: Tensor | None) -> None:
-        if grad is not None and self._backward_passes:  # a custom function may give none
+    def _arrived(self, name: str, grad: Tensor) -> None:
+        if self._backward_passes:
             self._has_gradients = True
             self._on_gradient(name, grad)
-
-    # What requires grad
 
     def _open(self) -> None:
         if self._is_open:
             return
         self._is_open = True
         self._opened.callback(setattr, self, "_is_open", False)
-        self._opened.callback(self._frozen.clear)
-        self._frozen += [p for p in self.parameters.values() if not p.requires_grad]
-        with self._all_require_grad():
-            for parameter in self._frozen:
-                self._opened.callback(parameter.register_post_accumulate_grad_hook(free_gradient).remove)
-            for name, parameter in self.parameters.items():
-                self._opened.callback(parameter.register_hook(partial(self._arrived, name)).remove)
-        self._opened.enter_context(NoticeLowRank(self.recorder))
+        self._opened.enter_context(self._passes)
         open_watches.add(self)
         self._opened.callback(open_watches.discard, self)
 
-    @contextmanager
-    def _all_require_grad(self) -> Iterator[None]:
-        """In passes; an adapter may have been set in between, as trl does for a reference."""
-        changed = [parameter for parameter in self._frozen if not parameter.requires_grad]
-        try:
-            for parameter in changed:
-                parameter.requires_grad_(True)
-            yield
-        finally:
-            for parameter in changed:
-                parameter.requires_grad_(False)
 
-
-def _generates(entry: Entry) -> bool:
-    return getattr(entry.call, "__name__", "") == "generate"
-
-
-class _Cost(NamedTuple):
-    """What was recorded of forward passes, and what of that is added by low-rank updates."""
-
-    forward: int
-    added: int
-
-    def __sub__(self, other: _Cost) -> _Cost:
-        return _Cost(self.forward - other.forward, self.added - other.added)
-
-    def __add__(self, other: _Cost) -> _Cost:
-        return _Cost(self.forward + other.forward, self.added + other.added)
+def _generates(call: Call) -> bool:
+    return getattr(call.function, "__name__", "") == "generate"
 
 
 class _Recorded(NamedTuple):
     """A forward pass that is being recorded: by which call it was entered, and the cost before."""
 
-    entry: Entry
+    call: Call
     contexts: ExitStack
     bit: int
-    before: _Cost
+    before: ForwardCost
 
 
 class _Waiting(NamedTuple):
     """A forward pass that no backward pass has come from, and its graph if nothing else keeps it."""
 
-    cost: _Cost
+    cost: ForwardCost
     graph: _Graph | None
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class _Table(NamedTuple):
 
     best: np.ndarray
     spent: int
-    history: tuple | None
+    history: tuple[Any, ...] | None
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def _series(users: np.ndarray) -> list[np.ndarray]:
 def _supersets(rows: np.ndarray) -> np.ndarray:
     """(M, M) bool: whether row a contains row b, for distinct rows."""
     common = rows.astype(np.float32) @ rows.T.astype(np.float32)
-    contains = common == rows.sum(axis=1)
+    contains: np.ndarray = common == rows.sum(axis=1)
     np.fill_diagonal(contains, False)
     return contains
 

@@ -77,7 +77,9 @@ class CostGraph:
 
     def cost(self, tensors: Iterable[str]) -> int:
         """The cost of such a step in FLOPs or nanoseconds."""
-        return self.forward_cost + int(self._charged(self.needs[self.rows(tensors)].any(axis=0)) @ self.costs)
+        return self.forward_cost + int(
+            self._charged(np.logical_or.reduce(self.needs[self.rows(tensors)])) @ self.costs
+        )
 
     @property
     def forward_flops(self) -> int:
@@ -119,16 +121,18 @@ class CostGraph:
         that run instead if it is: so everybody pays for the kernel, and those products are the affair of the bias. The
         gradient that a low-rank update passes on runs only if it is of use nearer the input: the update pays for it.
         """
-        if self.condition is None:
+        if self.condition is None or self.runs_if is None:
             return self.needs
         conditional = (self.condition >= 0) & self.runs_if
         low_rank = np.array([is_low_rank(name) for name in self.tensors])[:, None]
-        return self.needs & (~conditional | self.needs[:, self.condition] | low_rank)
+        bounding: np.ndarray = ~conditional | self.needs[:, self.condition] | low_rank
+        return self.needs & bounding
 
     def _charged(self, needed: np.ndarray) -> np.ndarray:
         if self.condition is None:
             return needed
-        return needed & ((self.condition < 0) | (needed[..., self.condition] == self.runs_if))
+        runs: np.ndarray = (self.condition < 0) | (needed[..., self.condition] == self.runs_if)
+        return needed & runs
 
     def rows(self, tensors: Iterable[str]) -> list[int]:
         """The rows of `needs` that belong to these tensors."""

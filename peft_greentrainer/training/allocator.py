@@ -32,9 +32,8 @@ from ..adapter.values import (
     set_trainable,
     set_values,
 )
-from ..measuring.importance import is_known, unwrapped, update_rule
-from ..measuring.measure import CrossBatch, SameBatch
-from ..measuring.outside import outer_parameters
+from ..measuring.importance import CrossBatch, SameBatch, is_known, unwrapped, update_rule
+from ..measuring.outer_parameters import outer_parameters
 from ..measuring.probe import Probe
 from ..planning.graph import CostGraph
 from ..planning.selection import Selection, everything_fits, select
@@ -46,6 +45,7 @@ from .movement import Watch
 from .parallel.ddp import rebuild_reducers, refuse_sharded
 from .parallel.ranks import from_first_rank, mean_over_ranks, of_all_ranks, of_this_rank
 from .param_groups import GroupOf, Optimizers, Placement, TrainedBy, by_reason, keep_in_step, list_of
+from .probe_inputs import FirstRows
 from .stepping import note_steps, now, stepped_since
 from .unreached import PATIENCE, Unreached
 
@@ -234,7 +234,7 @@ class Allocator:
     def _cost_of_step(self) -> float:
         """What the step cost at most, in steps of full fine-tuning; before any selection that much."""
         share = 1.0 if self.selection is None else self.selection.ratio
-        return share if self._probe is None else self._probe.price(share) + cost_of_updates(self.model)
+        return share if self._probe is None else self._probe.cost_of_step(share) + cost_of_updates(self.model)
 
     def _trained_by(self, optimizer: Optimizers, group_of: GroupOf | None) -> TrainedBy:
         optimizers = list_of(optimizer)
@@ -298,7 +298,7 @@ class Allocator:
             self.model,
             parameters,
             measure=measure,
-            batch_size=config.probe_batch_size,
+            part=None if config.probe_batch_size is None else FirstRows(config.probe_batch_size),
             time_with=trained_by.optimizers[0] if config.unit == "seconds" else None,
             **extra,
         )

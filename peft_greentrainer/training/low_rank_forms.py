@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..adapter.candidates import plan_wrappers, uses
 from ..adapter.linear import GreenTrainerLinear
 from ..adapter.values import candidate_tensors, layers
-from ..measuring.low_rank import LowRank
+from ..measuring.low_rank import LowRankForms
 from ..tensors.forms import LowRankForm, seed_of
 from ..tensors.names import low_rank_form
 
 
-def forms_of(model: nn.Module, adapter_name: str) -> LowRank:
+def forms_of(model: nn.Module, adapter_name: str) -> LowRankForms:
     """The low-rank forms that the adapter offers, and those that it has; provisional ones may be gone after a probe."""
     config = model.peft_config[adapter_name]
     form = config.form
@@ -33,7 +33,7 @@ def forms_of(model: nn.Module, adapter_name: str) -> LowRank:
             linear[candidate] = layer.base_layer
             first_factor[candidate] = partial(_scaled_first_factor, form, layer.in_features, seed_of(candidate))
     updates = [layer.greentrainer_update for layer in layers(model).values() if hasattr(layer, "greentrainer_update")]
-    return LowRank(form.rank, linear, tuple(updates), config.provisional, first_factor, frozen)
+    return LowRankForms(form.rank, linear, tuple(updates), config.provisional, first_factor, frozen)
 
 
 def _scaled_first_factor(form: LowRankForm, in_features: int, seed: int) -> Tensor:

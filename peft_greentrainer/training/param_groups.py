@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..adapter.layer import GreenTrainerLayer
-from ..measuring.enclosing import around
+from ..measuring.enclosing import enclosing_modules
 from ..measuring.importance import unwrapped
 from ..tensors.names import base_name, kind_of, tensor_of
 from ..tensors.trainable import can_be_trained
@@ -302,5 +302,5 @@ def _order(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> dic
         inside = {id(p): name for name, p in module.named_parameters()}
         return sum(id(p) in inside for p in grouped), len(named & set(inside.items()))
 
-    root = model if is_whole else max(around(model, nn.Module), key=agreement)
+    root = model if is_whole else max(enclosing_modules(model, nn.Module), key=agreement)
     return {id(p): (i, name) for i, (name, p) in enumerate(root.named_parameters())}

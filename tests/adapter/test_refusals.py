@@ -17,8 +17,8 @@ from trl import SFTConfig, SFTTrainer, clone_chat_template
 
 from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, GreenTrainerLayer
 from peft_greentrainer.adapter.values import candidates
-from peft_greentrainer.measuring.first_rows import first_rows
 from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer.training.probe_inputs import FirstRows
 
 
 def candidates_of(model, adapter="default"):
@@ -545,20 +545,20 @@ def test_patches_of_images_are_not_cut_and_it_is_said_what_to_do():
 def test_inputs_without_rows_are_refused_by_name(inputs, name):
     ids = torch.zeros(4, 5, dtype=torch.long)
     with pytest.raises(ValueError, match=rf"batch of 4 .*{name}.*probe_batch_size=None"):
-        first_rows((), inputs | {"input_ids": ids}, 2)
+        FirstRows(2).cut((), inputs | {"input_ids": ids})
 
 
 def test_position_ids_in_three_parts_are_refused_also_where_there_are_three_rows():
     batch = {"input_ids": torch.zeros(3, 5), "position_ids": torch.zeros(3, 3, 5)}
     with pytest.raises(ValueError, match="position_ids.*probe_batch_size=None"):
-        first_rows((), batch, 2)
+        FirstRows(2).cut((), batch)
 
 
 def test_inputs_with_rows_are_cut_and_others_stay():
     rows = torch.arange(20).reshape(4, 5)
     whole = {"position_ids": rows[:1], "scale": torch.tensor(3.0), "use_cache": False, "kind": "text", "none": None}
     whole |= {"layers": [1, 2], "dtype": torch.float32, "loss": nn.functional.mse_loss, "sizes": {"height": 3}}
-    args, kwargs = first_rows((rows, 3), whole | {"mask": rows, "names": ["a", "b", "c", "d"]}, 2)
+    args, kwargs = FirstRows(2).cut((rows, 3), whole | {"mask": rows, "names": ["a", "b", "c", "d"]})
     assert torch.equal(args[0], rows[:2]) and args[1] == 3
     assert torch.equal(kwargs.pop("mask"), rows[:2]) and kwargs.pop("names") == ["a", "b"]
     assert list(kwargs) == list(whole) and all(kwargs[name] is whole[name] for name in list(whole)[:5])
@@ -569,19 +569,19 @@ def test_nested_inputs_are_cut():
     rows = torch.arange(20).reshape(4, 5)
     images = [torch.zeros(n, 3) for n in (2, 7, 3, 5)]
     inner = {"input_ids": rows, "targets": [{"boxes": torch.zeros(n, 4)} for n in (1, 2, 3, 0)]}
-    args, kwargs = first_rows((inner,), {"images": images, "states": (rows, rows, rows[:1])}, 3)
+    args, kwargs = FirstRows(3).cut((inner,), {"images": images, "states": (rows, rows, rows[:1])})
     assert torch.equal(args[0]["input_ids"], rows[:3]) and args[0]["targets"] == inner["targets"][:3]
     assert len(inner["input_ids"]) == 4  # what the step itself gets
     assert kwargs["images"] == images[:3]
     assert [len(state) for state in kwargs["states"]] == [3, 3, 1]
-    encoding, _ = first_rows((BatchEncoding({"input_ids": rows}),), {}, 2)
+    encoding, _ = FirstRows(2).cut((BatchEncoding({"input_ids": rows}),), {})
     assert isinstance(encoding[0], BatchEncoding) and torch.equal(encoding[0].input_ids, rows[:2])
 
 
 @pytest.mark.parametrize("rows", [4, 9])
 def test_a_batch_with_no_more_rows_is_measured_whole(rows):
     batch = {"input_ids": torch.zeros(4, 5), "mask": torch.zeros(4, 1, 1, 5), "position_ids": torch.zeros(1, 5)}
-    _, kwargs = first_rows((), batch, rows)
+    _, kwargs = FirstRows(rows).cut((), batch)
     assert all(torch.equal(kwargs[name], batch[name]) for name in batch)
 
 

@@ -16,7 +16,7 @@ from transformers import Adafactor
 from peft_greentrainer import GreenTrainerConfig, convert_to_lora, export_tensors, profile, select
 from peft_greentrainer.adapter.values import candidates, layers
 from peft_greentrainer.measuring.formulas import flop_counter
-from peft_greentrainer.measuring.measure import CrossBatch
+from peft_greentrainer.measuring.importance import CrossBatch
 from peft_greentrainer.tensors.forms import LowRankForm
 from peft_greentrainer.tensors.names import factors, is_low_rank, low_rank_form, tensor_of
 from peft_greentrainer.training.allocator import _apply, allocator_of
@@ -280,6 +280,42 @@ def test_importance_is_the_same_with_and_without_factors():
     assert len(factored) > 5
     for name in factored:
         assert measured[1][name] == pytest.approx(measured[0][name], rel=0.05, abs=1e-12)
+
+
+class Linears(nn.Module):
+    """Nothing but linear modules without a bias."""
+
+    def __init__(self, penalty=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.penalty = penalty
+
+    def forward(self, x):
+        x = x.requires_grad_(self.penalty)
+        loss = self.c(self.b(self.a(x).relu()).relu()).square().mean()
+        if self.penalty:
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+            loss = loss + 0 * grad.sum()
+        return {"loss": loss}
+
+
+def select_among(model, low_rank, steps=3):
+    config = GreenTrainerConfig(rho=0.8, low_rank=low_rank, r=2, target_modules=["a", "b", "c"])
+    loop = Loop(get_peft_model(model, config))
+    for seed in range(steps):
+        loop.step({"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))})
+    return allocator_of(loop.model.get_base_model())
+
+
+def test_a_model_that_offers_low_rank_forms_alone_is_probed():
+    allocator = select_among(Linears(), low_rank="only")
+    assert allocator.selection.low_rank and allocator.selection.ratio < 0.8
+
+
+def test_gradients_in_a_penalty_are_no_batch_of_their_own():
+    plain, penalized = (select_among(Linears(penalty), low_rank="also").importances for penalty in (False, True))
+    assert len(plain) == 6 and penalized == pytest.approx(plain)
 
 
 def test_new_factors_are_the_same_on_every_rank_and_change_nothing():

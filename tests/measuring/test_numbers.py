@@ -12,8 +12,7 @@ from torch import nn
 
 from peft_greentrainer import GreenTrainerConfig, convert_to_lora
 from peft_greentrainer.measuring.formulas import flop_counter
-from peft_greentrainer.measuring.importance import importance
-from peft_greentrainer.measuring.measure import CrossBatch, SameBatch
+from peft_greentrainer.measuring.importance import CrossBatch, SameBatch, importance
 from peft_greentrainer.training.allocator import allocator_of
 
 

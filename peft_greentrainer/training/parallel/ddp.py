@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ...measuring.enclosing import around
+from ...measuring.enclosing import enclosing_modules
 from .ranks import are_several
 
 
@@ -24,7 +24,7 @@ def rebuild_reducers(model: nn.Module) -> None:
     """
     if not are_several():
         return
-    for ddp in around(model, DistributedDataParallel):
+    for ddp in enclosing_modules(model, DistributedDataParallel):
         training, hooks = ddp.training, ddp._comm_hooks
         ddp.__init__(
             ddp.module,
@@ -49,7 +49,7 @@ def refuse_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         return
     sharded = any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
     of_deepspeed = "deepspeed" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower()
-    if sharded or of_deepspeed or around(model, FullyShardedDataParallel):
+    if sharded or of_deepspeed or enclosing_modules(model, FullyShardedDataParallel):
         raise ValueError(
             "GreenTrainer does not train under FSDP or DeepSpeed ZeRO, which shard the parameters once, at the start. Use "
             "DistributedDataParallel: a budgeted step keeps gradients and moments of the selected tensors only."

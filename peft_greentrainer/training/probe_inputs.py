@@ -1,6 +1,6 @@
-"""The first rows of a batch, for a pass of its own that takes less memory.
+"""What a probe measures on, where that is a part of each batch: its first rows, in a pass that takes less memory.
 
-    >>> args, kwargs = first_rows((), {"input_ids": torch.zeros(4, 9), "position_ids": torch.zeros(1, 9)}, 2)
+    >>> args, kwargs = FirstRows(2).cut((), {"input_ids": torch.zeros(4, 9), "position_ids": torch.zeros(1, 9)})
     >>> kwargs["input_ids"].shape, kwargs["position_ids"].shape
     (torch.Size([2, 9]), torch.Size([1, 9]))
 
@@ -11,8 +11,9 @@ passed whole it would be measured on other data than asked for, in silence.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -23,48 +24,58 @@ from torch import Tensor
 
 # Inputs whose first dimension is the batch in every model; the first of them tells how many rows there are.
 OF_ROWS = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "labels")
-# What says how to run rather than on what.
-OPTIONS = (type(None), bool, int, float, complex, str, bytes, Enum, Callable, torch.dtype, torch.device)
+# What says how to run rather than on what, as a function does too.
+OPTIONS = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 
 
-def first_rows(args: tuple, kwargs: Mapping[str, Any], rows: int) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a model for the first rows of a batch only.
+@dataclass(frozen=True)
+class FirstRows:
+    """The first rows of every batch, for a `Probe`.
 
-    How many rows the batch has is told by `input_ids`, `inputs_embeds`, `decoder_input_ids`, `attention_mask` or `labels`,
-    wherever there is one, and by the first tensor where there is none. Tensors that have that first dimension are cut, and so
-    are lists as long whose entries are not themselves tensors of so many rows. Tensors with a first dimension of 1 or without
-    dimensions stay whole, and so do options.
-
-    Raises:
-        ValueError: an input whose rows do not correspond to those of the batch, such as the patches of all its images.
+    Attributes:
+        count: of the rows.
     """
-    inputs = {**{f"the argument {number}": value for number, value in enumerate(args)}, **kwargs}
-    batch_size = _rows_of(inputs)
-    refused: list[str] = []
-    cut = {name: _cut(name, value, batch_size, rows, refused) for name, value in inputs.items()}
-    if refused:
-        raise ValueError(
-            f"probe_batch_size={rows} measures on the first rows of a batch, and this batch of {batch_size} has inputs of "
-            f"which it is not known what belongs to these rows: {', '.join(refused)}. Set probe_batch_size=None, which "
-            "measures in the step itself, on the whole batch; if that takes too much memory, make the batches smaller."
-        )
-    positional = list(cut.values())[: len(args)]
-    return tuple(positional), {name: cut[name] for name in kwargs}
 
+    count: int
 
-@contextmanager
-def say_of_rows(rows: int) -> Iterator[None]:
-    """Let an error in a pass on some rows of a batch say that it was one, unless it is about memory."""
-    try:
-        yield
-    except Exception as error:
-        if should_reduce_batch_size(error):
-            raise
-        raise ValueError(
-            f"A pass on the first rows of a batch, for probe_batch_size={rows}, ended in an error: "
-            f"{type(error).__name__}: {error} If the whole batch runs without one, the inputs cannot be cut by rows: set "
-            "probe_batch_size=None, which measures in the step itself, on the whole batch."
-        ) from error
+    def cut(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a model for the first rows of a batch only.
+
+        How many rows the batch has is told by `input_ids`, `inputs_embeds`, `decoder_input_ids`, `attention_mask` or
+        `labels`, wherever there is one, and by the first tensor where there is none. Tensors that have that first dimension
+        are cut, and so are lists as long whose entries are not themselves tensors of so many rows. Tensors with a first
+        dimension of 1 or without dimensions stay whole, and so do options.
+
+        Raises:
+            ValueError: an input whose rows do not correspond to those of the batch, such as the patches of all its images.
+        """
+        inputs = {**{f"the argument {number}": value for number, value in enumerate(args)}, **kwargs}
+        batch_size = _rows_of(inputs)
+        refused: list[str] = []
+        cut = {name: _cut(name, value, batch_size, self.count, refused) for name, value in inputs.items()}
+        if refused:
+            raise ValueError(
+                f"probe_batch_size={self.count} measures on the first rows of a batch, and this batch of {batch_size} has "
+                f"inputs of which it is not known what belongs to these rows: {', '.join(refused)}. Set "
+                "probe_batch_size=None, which measures in the step itself, on the whole batch; if that takes too much "
+                "memory, make the batches smaller."
+            )
+        positional = list(cut.values())[: len(args)]
+        return tuple(positional), {name: cut[name] for name in kwargs}
+
+    @contextmanager
+    def explained_errors(self) -> Iterator[None]:
+        """Let an error in a pass on these rows say that it was one, unless it is about memory."""
+        try:
+            yield
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                raise
+            raise ValueError(
+                f"A pass on the first rows of a batch, for probe_batch_size={self.count}, ended in an error: "
+                f"{type(error).__name__}: {error} If the whole batch runs without one, the inputs cannot be cut by rows: "
+                "set probe_batch_size=None, which measures in the step itself, on the whole batch."
+            ) from error
 
 
 def _rows_of(inputs: Mapping[str, Any]) -> int:
@@ -88,7 +99,7 @@ def _tensors(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 def _cut(name: str, value: Any, batch_size: int, rows: int, refused: list[str]) -> Any:
     """The first rows of an input; what cannot be cut is added to `refused`."""
-    if isinstance(value, OPTIONS):
+    if isinstance(value, OPTIONS) or callable(value):
         return value
     if isinstance(value, Tensor):
         in_three = name == "position_ids" and value.dim() == 3  # of time, height and width, before the rows

@@ -10,14 +10,15 @@ from torch import nn
 
 from ..tensors.names import OUTSIDE, base_name
 from ..tensors.trainable import can_be_trained
-from .enclosing import around
+from .enclosing import enclosing_modules
 
 
 def outer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What the modules around a base model train, such as a head: no name in the base model begins with OUTSIDE."""
-    inside, found = set(map(id, model.parameters())), {}
+    inside = set(map(id, model.parameters()))
+    found: dict[str, nn.Parameter] = {}
     # The outermost first: there a parameter has its whole name.
-    outer = sorted(around(model, nn.Module), key=lambda module: -sum(1 for _ in module.modules()))
+    outer = sorted(enclosing_modules(model, nn.Module), key=lambda module: -sum(1 for _ in module.modules()))
     for module in outer:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and can_be_trained(parameter) and id(parameter) not in inside:

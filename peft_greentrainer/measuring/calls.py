@@ -1,19 +1,23 @@
 """Notices whoever enters a model: by a call of it, of one of its parts, of one of its methods, or of what holds it.
 
-    >>> entries = Entries(model, entered=print, left=print)
-    >>> entries.install(holders=around(model, nn.Module))
+    >>> calls = Calls(model, entered=print, left=print)
+    >>> calls.install(holders=enclosing_modules(model, nn.Module))
     >>> model.compute_loss(batch)                     # a method that calls parts of the model
-    >>> entries.remove()
+    >>> calls.remove()
 
 Only modules tell when they are called. A method is noticed through an attribute of the same name on its model, which hides
-it until it is taken away; it may be one that runs nothing, so it counts as an entry once it calls a module, or computes with
+it until it is taken away; it may be one that runs nothing, so it counts as entered once it calls a module, or computes with
 a parameter that is frozen.
+
+What this changes in the user's modules, from `install` to `remove`: hooks of modules before and after forward, and the
+attributes that stand in for methods. A loop may call `model.compute_loss` and nothing else, and a method of Python's has no
+hooks. Copies and pickles of a model are made meanwhile too; in these, hooks and stand-ins do nothing.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import wraps
 from types import MethodType
@@ -40,25 +44,25 @@ TELL_ONLY = frozenset(
 ONLY_PASS_ON = ("peft.", "peft_greentrainer.", "torch.nn.parallel.", "torch._dynamo.")
 
 
-class Entry:
+class Call:
     """A call that has not returned.
 
     Attributes:
         key: the module, or what stands in for the method, that was called.
         module: the module, whose method it may be.
-        call: what was called, so that it can be called again.
+        function: what was called, so that it can be called again.
         args, kwargs: with what.
         has_gradients: whether they were on when it was called.
     """
 
     def __init__(
-        self, key: Any, module: nn.Module, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+        self, key: Any, module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self.key, self.module, self.call, self.args, self.kwargs = key, module, call, args, kwargs
+        self.key, self.module, self.function, self.args, self.kwargs = key, module, function, args, kwargs
         self.has_gradients = torch.is_grad_enabled()
 
 
-class Entries:
+class Calls:
     """The calls into a model that have not returned, the outermost first.
 
     Args:
@@ -71,11 +75,11 @@ class Entries:
     def __init__(
         self,
         model: nn.Module,
-        entered: Callable[[list[Entry]], None],
-        left: Callable[[list[Entry], Any], None] = lambda running, output: None,
+        entered: Callable[[list[Call]], None],
+        left: Callable[[list[Call], Any], None] = lambda running, output: None,
     ) -> None:
         self.model = model
-        self.running: list[Entry] = []
+        self.running: list[Call] = []
         self._entered, self._left = entered, left
         self._installed = ExitStack()
 
@@ -94,22 +98,22 @@ class Entries:
     def remove(self) -> None:
         self._installed.close()
 
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not is_recomputing():
-            self.running.append(Entry(module, module, module, args, kwargs))
+            self.running.append(Call(module, module, module, args, kwargs))
             self.entered()
 
     def entered(self) -> None:
         """Something is about to be computed in the last of the calls."""
         self._entered(self.running)
 
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not is_recomputing():
             self.leave(module, output)
 
     def leave(self, key: Any, output: Any) -> None:
         """The call of `key` returns, and with it calls inside that an interrupt has kept from telling so."""
-        if not any(entry.key is key for entry in self.running):  # a hook has raised before ours saw the call
+        if not any(call.key is key for call in self.running):  # a hook has raised before ours saw the call
             return
         while self.running[-1].key is not key:
             self._left(self.running, None)
@@ -121,14 +125,20 @@ class Entries:
 class _NoticeUse(TorchFunctionMode):
     """While active, notices what computes with a parameter that is frozen."""
 
-    def __init__(self, entries: Entries) -> None:
+    def __init__(self, calls: Calls) -> None:
         super().__init__()
-        self.entries = entries
+        self.calls = calls
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         frozen = (arg for arg in args if isinstance(arg, nn.Parameter) and not arg.requires_grad)
         if getattr(func, "__name__", "") not in TELL_ONLY and any(True for _ in frozen) and not is_recomputing():
-            self.entries.entered()
+            self.calls.entered()
         return func(*args, **(kwargs or {}))
 
 
@@ -141,11 +151,11 @@ class ModuleHook:
     def __call__(self, *args: Any) -> None:
         self.method(*args)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return ModuleHook, (_do_nothing,)
 
 
-def _stand_in(entries: Entries, module: nn.Module, name: str) -> MethodType:
+def _stand_in(calls: Calls, module: nn.Module, name: str) -> MethodType:
     """A method of a module that tells of its calls; that of a copy does not, and what is unpickled is the method itself."""
     function = getattr(type(module), name)
 
@@ -153,14 +163,14 @@ def _stand_in(entries: Entries, module: nn.Module, name: str) -> MethodType:
     def entered(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self is not module:
             return function(self, *args, **kwargs)
-        entries.running.append(Entry(entered, module, MethodType(function, module), args, kwargs))
+        calls.running.append(Call(entered, module, MethodType(function, module), args, kwargs))
         output = None
         try:
-            with at_bottom(_NoticeUse(entries)):
+            with at_bottom(_NoticeUse(calls)):
                 output = function(self, *args, **kwargs)
             return output
         finally:
-            entries.leave(entered, output)
+            calls.leave(entered, output)
 
     return MethodType(entered, module)
 
@@ -171,7 +181,7 @@ def _do_nothing(*args: Any) -> None:
 
 def _own_methods(module: nn.Module) -> list[str]:
     """The public methods that are of this model alone: not those of any module, nor of the libraries that it comes from."""
-    found = {}
+    found: dict[str, type | None] = {}
     for cls in type(module).__mro__:
         for name, value in vars(cls).items():
             found.setdefault(name, cls if inspect.isfunction(value) else None)
