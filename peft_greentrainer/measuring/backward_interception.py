@@ -6,7 +6,7 @@
 What this changes in torch, while a step is watched and in the whole process: the attributes `backward` and `grad` of
 `torch.autograd`. The loop is the user's, and no hook of torch's tells when a backward pass begins: a hook on the loss is
 called once it runs, when it is too late to have more parameters get a gradient in it. Whoever starts one, `Tensor.backward`
-among them, goes through these two functions.
+among them, goes through these two functions. tests/measuring/test_probe.py holds that both are torch's again after a step.
 """
 
 from __future__ import annotations

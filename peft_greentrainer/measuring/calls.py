@@ -12,6 +12,7 @@ a parameter that is frozen.
 What this changes in the user's modules, from `install` to `remove`: hooks of modules before and after forward, and the
 attributes that stand in for methods. A loop may call `model.compute_loss` and nothing else, and a method of Python's has no
 hooks. Copies and pickles of a model are made meanwhile too; in these, hooks and stand-ins do nothing.
+tests/measuring/test_passes.py holds that a model has its plain methods after a probe, and a copy has them at any time.
 """
 
 from __future__ import annotations

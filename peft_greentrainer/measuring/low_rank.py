@@ -142,7 +142,7 @@ class NoticeLowRank:
     def _linear_ran(self, candidate: str, run: _Run, input: Tensor, output: Tensor) -> None:
         if output.requires_grad:
             if candidate in self.forms.first_factor:
-                with torch.no_grad(), self.recorder.aside():
+                with torch.no_grad(), self.recorder.paused():
                     run.reduced = F.linear(input, self.forms.first_factor[candidate]().to(input))
             output.register_hook(partial(self._output_grad, candidate, run))
 
@@ -153,7 +153,7 @@ class NoticeLowRank:
         if run.reduced is not None:
             rows, reduced = (t.reshape(-1, t.shape[-1]) for t in (grad, run.reduced.to(grad.dtype)))
             _, factor_b = factors(candidate)
-            with self.recorder.aside():
+            with self.recorder.paused():
                 self.on_gradient(factor_b, rows.T @ reduced)
 
     def _also_needed(self, name: str, operations: int) -> None:

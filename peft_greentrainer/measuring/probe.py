@@ -93,7 +93,7 @@ class Probe:
             model,
             parameters,
             self.recorder,
-            begins=self._time,
+            on_begin=self._time,
             on_gradient=self._arrived,
             on_pass=self._count,
             on_failure=self._begin_anew,
@@ -134,7 +134,8 @@ class Probe:
     def _run_eagerly(self, module: nn.Module) -> None:
         """Replace what is compiled, by `module.compile()` or `torch.compile(module)`, by what it was compiled from.
 
-        Compiled code neither sees hooks that are new nor has operations to record.
+        Compiled code neither sees hooks that are new nor has operations to record. `disarm` puts it back, so that steps in
+        between run compiled; tests/training/test_loops.py holds what such a loop selects.
         """
         if module._compiled_call_impl is not None:
             self._armed.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
@@ -159,7 +160,7 @@ class Probe:
 
     def trained(self) -> list[str]:
         """The parameters that the step itself trains."""
-        return [name for name, p in self.parameters.items() if p.requires_grad and not self._watch.only_measures(p)]
+        return [name for name, p in self.parameters.items() if p.requires_grad and not self._watch.freezes(p)]
 
     def reached(self) -> set[str]:
         """The candidates, and other tensors, that got a gradient so far and have a cost."""

@@ -53,7 +53,7 @@ class CostRecorder(TorchDispatchMode):
         self._origin = f"_made_in_{next(_numbers)}"
         self._formulas = FlopFormulas()
         self._passes: list[_Pass] = []  # that are running, one inside the other
-        self._is_aside = False
+        self._is_paused = False
         self._stops_early = False
         self._is_whole: dict[type, bool] = {}
         self._running = 0
@@ -96,13 +96,13 @@ class CostRecorder(TorchDispatchMode):
             yield
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """For operations that measure something, and are no part of the pass."""
-        self._is_aside = True
+        self._is_paused = True
         try:
             yield
         finally:
-            self._is_aside = False
+            self._is_paused = False
 
     def origin(self, tensor: Tensor) -> int:
         """The forward passes that a tensor comes from."""
@@ -146,7 +146,7 @@ class CostRecorder(TorchDispatchMode):
         self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._is_aside or self.rests:
+        if self._is_paused or self.rests:
             return func(*args, **kwargs)
         if self._formulas.counts_parts(func, args):
             # With function modes off, or one of them takes the parts for the whole.

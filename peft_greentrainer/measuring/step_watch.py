@@ -1,6 +1,6 @@
 """Records every pass of a model in a training step, and has all of its parameters require grad in passes only.
 
-    >>> watch = StepWatch(model, parameters, recorder, begins=print, on_gradient=recorder.operations.mark, ...)
+    >>> watch = StepWatch(model, parameters, recorder, on_begin=print, on_gradient=recorder.operations.mark, ...)
     >>> Calls(model, watch.entered, watch.left).install(holders=[])
     >>> model(**batch).loss.backward()                # as the user's loop runs it
     >>> watch.close()
@@ -32,12 +32,13 @@ from .recorder import CostRecorder
 
 
 class StepWatch:
-    """
+    """Records the passes of a model from `entered` to `close`, a step at a time.
+
     Args:
         model: the module whose passes are recorded.
         parameters: what gets a gradient in them, by name.
         recorder: what they are recorded with.
-        begins: is called with the calls that have not returned, before the outermost is recorded.
+        on_begin: is called with the calls that have not returned, before the outermost is recorded.
         on_gradient: is called with the name of a parameter, or of a factor that does not exist yet, and its gradient.
         on_pass: is called after a backward pass that has given gradients.
         on_failure: is called after a backward pass that raised.
@@ -50,15 +51,14 @@ class StepWatch:
         parameters: Mapping[str, nn.Parameter],
         recorder: CostRecorder,
         *,
-        begins: Callable[[list[Call]], None],
+        on_begin: Callable[[list[Call]], None],
         on_gradient: Callable[[str, Tensor], None],
         on_pass: Callable[[], None],
         on_failure: Callable[[], None],
         forms: LowRankForms = LowRankForms(),
     ) -> None:
         self.model = model
-        self.recorder = recorder
-        self._begins, self._on_gradient, self._on_pass, self._on_failure = begins, on_gradient, on_pass, on_failure
+        self._on_begin, self._on_gradient, self._on_pass, self._on_failure = on_begin, on_gradient, on_pass, on_failure
         self._passes = RecordedPasses(model, parameters, recorder, self._arrived, forms)
         self._opened = ExitStack()
         self._is_open = False
@@ -67,7 +67,7 @@ class StepWatch:
         self._waiting: dict[int, _Waiting] = {}
         self._next_bit = 1
         self._between_since: ForwardCost | None = None
-        self._begins_now = False
+        self._is_beginning = False
         self._backward_passes = 0
         self._has_gradients = False
 
@@ -87,9 +87,13 @@ class StepWatch:
         """Nothing of what was recorded means anything."""
         self._waiting.clear()
         self.close()
-        self.recorder = self._passes.recorder = recorder
+        self._passes.recorder = recorder
 
-    def only_measures(self, parameter: nn.Parameter) -> bool:
+    @property
+    def recorder(self) -> CostRecorder:
+        return self._passes.recorder
+
+    def freezes(self, parameter: nn.Parameter) -> bool:
         """Whether it requires grad in passes only."""
         return any(parameter is frozen for frozen in self._passes.frozen)
 
@@ -97,16 +101,16 @@ class StepWatch:
 
     def entered(self, running: list[Call]) -> None:
         """For `Calls`: record from here on what is entered from outside."""
-        if self.recorder.runs_forward or self._begins_now:
+        if self.recorder.runs_forward or self._is_beginning:
             return
         self._stop_between()
         has_gradients = torch.is_grad_enabled()
         if has_gradients:
-            self._begins_now = True
+            self._is_beginning = True
             try:
-                self._begins(running)
+                self._on_begin(running)
             finally:
-                self._begins_now = False
+                self._is_beginning = False
         elif not self.model.training or any(_generates(call) for call in running):
             return
         self._open()

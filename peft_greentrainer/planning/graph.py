@@ -125,14 +125,14 @@ class CostGraph:
             return self.needs
         conditional = (self.condition >= 0) & self.runs_if
         low_rank = np.array([is_low_rank(name) for name in self.tensors])[:, None]
-        bounding: np.ndarray = ~conditional | self.needs[:, self.condition] | low_rank
-        return self.needs & bounding
+        bounded: np.ndarray = self.needs & (~conditional | self.needs[:, self.condition] | low_rank)
+        return bounded
 
     def _charged(self, needed: np.ndarray) -> np.ndarray:
         if self.condition is None:
             return needed
-        runs: np.ndarray = (self.condition < 0) | (needed[..., self.condition] == self.runs_if)
-        return needed & runs
+        charged: np.ndarray = needed & ((self.condition < 0) | (needed[..., self.condition] == self.runs_if))
+        return charged
 
     def rows(self, tensors: Iterable[str]) -> list[int]:
         """The rows of `needs` that belong to these tensors."""

@@ -12,7 +12,7 @@ from peft_greentrainer import GreenTrainerConfig, profile
 from peft_greentrainer.training.allocator import allocator_of
 
 
-BACKWARD = torch.autograd.backward
+BACKWARD, GRAD = torch.autograd.backward, torch.autograd.grad
 
 
 class Run:
@@ -60,7 +60,7 @@ def assert_as_expected(run):
     assert run.selection == selection
     found = allocator_of(run.model.get_base_model()).graph
     assert (found.forward_flops, found.full_flops) == (graph.forward_flops, graph.full_flops)
-    assert torch.autograd.backward is BACKWARD
+    assert torch.autograd.backward is BACKWARD and torch.autograd.grad is GRAD
 
 
 def test_a_forward_pass_without_a_backward_pass_does_not_count():
@@ -138,7 +138,7 @@ def test_two_models_in_one_backward_pass():
     for run in runs:
         run.update()
         assert run.selection is not None
-    assert torch.autograd.backward is BACKWARD
+    assert torch.autograd.backward is BACKWARD and torch.autograd.grad is GRAD
 
 
 def test_a_copy_of_a_model_that_waits_for_a_probe():
