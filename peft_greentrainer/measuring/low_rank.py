@@ -172,7 +172,8 @@ class NoticeLowRank:
         through_the_tensor = self.operations.ancestors(grad) & ~run.ancestors
         operation = self.operations.new_operation(self.forms.rank * run.into)
         self.operations.needed_by[candidate] |= operation
-        self.operations.run_only_if(operation, through_the_tensor)
+        if through_the_tensor:  # else every step computes it, for a penalty on gradients
+            self.operations.run_only_if(operation, through_the_tensor)
 
     def _frozen_runs(self, tensor: str, run: _Run) -> None:
         self._also_needed(tensor, 0)

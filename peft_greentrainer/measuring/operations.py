@@ -105,11 +105,13 @@ class Operations:
 
     def run_only_if(self, operations: int, condition: int) -> None:
         """These operations run only in steps in which some trained tensor needs the operation `condition`."""
+        assert condition
         for operation in bits_of(operations & ~condition):
             self.conditions[operation] = (condition.bit_length() - 1, True)
 
     def run_only_unless(self, operations: int, condition: int) -> None:
         """These operations run only in steps in which no trained tensor needs the operation `condition`."""
+        assert condition
         for operation in bits_of(operations):
             self.conditions[operation] = (condition.bit_length() - 1, False)
 

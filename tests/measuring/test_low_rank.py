@@ -318,6 +318,16 @@ def test_gradients_in_a_penalty_are_no_batch_of_their_own():
     assert len(plain) == 6 and penalized == pytest.approx(plain)
 
 
+def test_what_a_penalty_runs_depends_on_nothing_else_that_is_trained():
+    graph = profile(Linears(penalty=True), {"x": torch.randn(4, 8)}, r=2)
+    needs = graph.needs[graph.rows(["b.weight_low_rank"])[0]]
+    its_own = needs & (graph.needs.sum(axis=0) == 1) & (graph.condition < 0)
+    product = 2 * 4 * 8 * 2  # of 4 rows, of 8 numbers each, with a factor of rank 2
+    # Forward; in the penalty and in the backward pass the gradients of both factors and of what is between them; and in the
+    # penalty that of the input too.
+    assert graph.costs[its_own].sum() == (2 + 2 * 3 + 1) * product
+
+
 def test_new_factors_are_the_same_on_every_rank_and_change_nothing():
     loops = [run(steps=4) for _ in range(2)]
     values = [dict(loop.model.named_parameters()) for loop in loops]
