@@ -12,7 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers import Trainer, TrainingArguments
 
 from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig
-from peft_greentrainer.adapter.values import set_selection, set_values
+from peft_greentrainer.adapter.values import candidates, set_selection, set_values
 
 
 TENSORS = ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]
@@ -292,3 +292,55 @@ def test_modules_to_save_are_pefts(tmp_path):
     dtypes = {name: p.dtype for name, p in trained(model).items()}
     assert {dtype for name, dtype in dtypes.items() if "greentrainer_values" in name} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if "modules_to_save" in name} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("float32", [True, False])
+def test_values_are_float32_on_a_half_precision_base(float32, tmp_path):
+    base = make_model("llama").bfloat16()
+    model = get_peft_model(copy.deepcopy(base), GreenTrainerConfig(), autocast_adapter_dtype=float32)
+    tensors = train_a_little(model, "llama")
+    values = [p for n, p in model.named_parameters() if "greentrainer_values" in n]
+    assert len(values) == len(tensors)
+    assert {v.dtype for v in values} == {torch.float32 if float32 else torch.bfloat16}
+    after = outputs(model, "llama")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=float32)
+    assert torch.equal(outputs(loaded, "llama"), after)
+    assert torch.equal(outputs(loaded.merge_and_unload(), "llama"), after)
+
+
+def test_every_selected_tensor_moves_on_a_bfloat16_base_at_a_small_rate():
+    model = get_peft_model(make_model("llama").bfloat16(), GreenTrainerConfig())
+    base = model.get_base_model()
+    tensors = sorted(candidates(base, model.peft_config["default"]))
+    set_values(base, "default", tensors)
+    set_selection(base, "default", tensors)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    for step in range(3):
+        model(**make_batch("llama", seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(before) == len(tensors)
+    assert all((p != before[n]).any() for n, p in model.named_parameters() if n in before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "t5"])
+def test_a_merged_model_that_changes_its_type_is_unmerged_in_it(kind):
+    model = get_peft_model(make_model(kind), GreenTrainerConfig(rho=1.0, init_weights=False))
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert {p.dtype for name, p in model.named_parameters()} == {torch.bfloat16}
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, kind), outputs(make_model(kind).bfloat16(), kind))
+
+
+def test_a_model_that_was_merged_in_inference_mode_can_be_trained():
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(init_weights=False))
+    with torch.inference_mode():
+        merged = model.merge_and_unload()
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)
+    merged(**make_batch("llama")).loss.backward()
+    torch.optim.SGD(merged.parameters(), lr=0.1).step()

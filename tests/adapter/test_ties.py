@@ -5,8 +5,11 @@ import pickle
 
 import pytest
 import torch
+from helpers.loop import Loop
 from helpers.models import make_batch, make_model
+from helpers.training import outputs, train_a_little
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer, export_tensors
@@ -227,3 +230,35 @@ def test_a_module_that_shares_keeps_its_class():
     assert not isinstance(model.tied, GreenTrainerLayer) and type(model.tied).__name__ == "Tied"
     compiled = torch.compile(model.eval(), backend="eager")
     torch.testing.assert_close(compiled(IDS)["logits"], logits(model))
+
+
+def test_a_tied_tensor_is_one_value_and_one_entry(tmp_path):
+    model = get_peft_model(make_model("llama-tied"), GreenTrainerConfig())
+    train_a_little(model, "llama-tied", ["model.embed_tokens.weight"])
+    base = model.get_base_model()
+    value = base.model.embed_tokens.greentrainer_values["default"]["weight"]
+    assert base.lm_head.weight is value and base.model.embed_tokens.weight is value
+    model.save_pretrained(tmp_path)
+    key = "base_model.model.model.embed_tokens.greentrainer_values.weight"
+    assert list(load_file(tmp_path / "adapter_model.safetensors")) == [key]
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert torch.equal(merged.lm_head.weight, value)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "t5", "bart"])
+def test_tensors_are_tied_again_without_harm(kind):
+    model = get_peft_model(make_model(kind), GreenTrainerConfig(rho=1.0, init_weights=False))
+    before = outputs(model, kind)
+    model.get_base_model().tie_weights()
+    assert torch.equal(outputs(model, kind), before)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "t5", "bart"])
+def test_one_use_of_a_tied_tensor_is_a_module_to_save(kind, tmp_path):
+    model = get_peft_model(make_model(kind), GreenTrainerConfig(rho=0.9, modules_to_save=["lm_head"]))
+    Loop(model, kind).run(3)
+    assert "lm_head.weight" in model.base_model.selection.tensors
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(kind), tmp_path)
+    assert torch.equal(outputs(loaded, kind), outputs(model, kind))

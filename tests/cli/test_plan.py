@@ -6,8 +6,7 @@ import resource
 import pytest
 import torch
 import transformers as tr
-from benchmark_step import LLAMA_70B
-from helpers.models import MODELS, make_batch, make_model
+from helpers.models import LLAMA_70B, MODELS, make_batch, make_model
 
 from peft_greentrainer import GreenTrainerConfig, profile, select
 from peft_greentrainer.adapter.values import candidates

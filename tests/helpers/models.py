@@ -31,6 +31,15 @@ BART = {
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 VISION = {**SIZES, "image_size": 8, "patch_size": 4}
 
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
 # For each kind: the class of the model, that of its configuration, and what the configuration says.
 MODELS = {
     "llama": (tr.LlamaForCausalLM, tr.LlamaConfig, SIZES | KV | TOKENS),

@@ -17,13 +17,15 @@ def outputs(model, kind):
     return output["logits"]
 
 
-def train_a_little(model, kind, tensors=None, steps=2, make_optimizer=partial(torch.optim.AdamW, lr=1e-2)):
+def train_a_little(
+    model, kind, tensors=None, steps=2, make_optimizer=partial(torch.optim.AdamW, lr=1e-2), adapter="default"
+):
     """Train these tensors (default: every second candidate) for a few steps, with a selection made by hand."""
     base = model.get_base_model()
     if tensors is None:
-        tensors = sorted(candidates(base, model.peft_config["default"]))[::2]
-    set_values(base, "default", tensors)
-    set_selection(base, "default", tensors)
+        tensors = sorted(candidates(base, model.peft_config[adapter]))[::2]
+    set_values(base, adapter, tensors)
+    set_selection(base, adapter, tensors)
     model.train()
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     for step in range(steps):

@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-from benchmark_step import peak_bytes
 from helpers.loop import Loop
+from helpers.memory import peak_bytes
 from helpers.models import llama, make_batch, make_model
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -395,7 +395,7 @@ def test_a_probe_needs_no_more_memory_than_a_full_pass():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
     def peak(model):
-        return peak_bytes(lambda: model(**batch).loss.backward(), "cpu")
+        return peak_bytes(lambda: model(**batch).loss.backward())
 
     def peaks(probe_batch_size):
         """Of a probe, and of the step that follows."""

@@ -1,7 +1,7 @@
 """One run of `benchmark.py`, in a process of its own, so that its peak memory is its own: a JSON job in, a JSON line out.
 
-    python examples/benchmark_run.py '{"kind": "calibration", "task": "summaries", "method": "lora", "unit": "flops", \\
-        "precision": "bfloat16"}' --cache DIR --results FILE
+    python examples/benchmarks/benchmark_run.py '{"kind": "calibration", "task": "summaries", "method": "lora", \\
+        "unit": "flops", "precision": "bfloat16"}' --cache DIR --results FILE
 
 A calibration measures what steps of a method cost next to those of full fine-tuning on the same batches. A run trains,
 as many steps as its budget pays for, and scores what came out.
@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from benchmark_methods import build
 from benchmark_tasks import TASKS
+from main_job import DEVICE
 from memory import keep_freed_memory
 from peft import PeftModel
 from safetensors.torch import save_file
-from summarize import DEVICE
 from torch import Tensor, nn
 from transformers.utils import logging
 

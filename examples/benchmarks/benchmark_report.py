@@ -1,8 +1,8 @@
 """Tables and plots of what `benchmark.py` has measured.
 
     pip install -e ".[examples]"
-    python examples/benchmark_report.py                        # of examples/results/benchmark.jsonl
-    python examples/benchmark_report.py other.jsonl
+    python examples/benchmarks/benchmark_report.py               # of examples/benchmarks/results/benchmark.jsonl
+    python examples/benchmarks/benchmark_report.py other.jsonl
 
 Prints in markdown, for every task and comparison: the loss and the last score of each method at each budget, best loss
 first, then a table for each budget with all that was measured. Each number is a mean over seeds, with the standard

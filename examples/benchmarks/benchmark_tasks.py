@@ -5,7 +5,7 @@
     >>> task.test_scores(model)
     {'loss': 2.9, 'ROUGE-1': 0.31, 'ROUGE-2': 0.1, 'ROUGE-L': 0.25}
 
-Models and data come from wheels of the package index, see `summarize.py`.
+Models and data come from wheels of the package index, see `main_job.py`.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from summarize import (
+from main_job import (
     DATA_FILES,
     DATA_SHA256,
     DEVICE,
@@ -59,7 +59,7 @@ PARTS = ["abstract", "introduction", "conclusion"]
 
 def unpack_splits(cache: Path) -> list[Path]:
     """The training, validation and test file of aclsum."""
-    # In a folder of its own: that of summarize.py has no test split.
+    # In a folder of its own: that of the main job has no test split.
     folder = unpack_wheel("aclsum", "0.1.2", DATA_SHA256, SPLITS, cache / "benchmark")
     return [folder / split for split in SPLITS]
 

@@ -1,7 +1,7 @@
 """How much is there to choose? What each importance of `benchmark.py` selects, next to the paper's.
 
     pip install -e ".[examples]"
-    python examples/benchmark_selections.py --rho 0.5
+    python examples/benchmarks/benchmark_selections.py --rho 0.5
 
 For the main job's model and data, from the first batches of one seed: a table in markdown with the number of selected tensors
 and their weights, the lowest of the 30 blocks that is trained, and how many of the weights that the paper's importance
@@ -18,7 +18,7 @@ from benchmark_methods import build
 from benchmark_report import print_markdown
 from benchmark_run import batches_of
 from benchmark_tasks import Summaries
-from summarize import CACHE, DEVICE
+from main_job import CACHE, DEVICE
 
 
 SEED = 1

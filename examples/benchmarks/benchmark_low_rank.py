@@ -1,7 +1,7 @@
 """Low-rank candidates next to LoRA on the same modules: seconds of a step, size of the file; and the memory of a probe.
 
-    python examples/benchmark_low_rank.py                        # a 135M Llama of random weights, 4 x 160 tokens
-    python examples/benchmark_low_rank.py --device cuda --batch-size 16 --seq-len 512
+    python examples/benchmarks/benchmark_low_rank.py             # a 135M Llama of random weights, 4 x 160 tokens
+    python examples/benchmarks/benchmark_low_rank.py --device cuda --batch-size 16 --seq-len 512
 
 Every rho has a model of its own, which one probe has selected for, and a LoRA of rank 8 on the linear modules that were
 selected. Steps are taken in turn, and medians compared. What is trained besides, norms, costs our side extra.

@@ -1,7 +1,7 @@
 """What a training step costs in seconds and memory: full fine-tuning, a budgeted step, a probe, and the wrapper itself.
 
-    python examples/benchmark_step.py                      # a 135M Llama of random weights, 4 x 160 tokens, float32
-    python examples/benchmark_step.py --dtype bfloat16 --device cuda --batch-size 16 --seq-len 512
+    python examples/benchmarks/benchmark_step.py           # a 135M Llama of random weights, 4 x 160 tokens, float32
+    python examples/benchmarks/benchmark_step.py --dtype bfloat16 --device cuda --batch-size 16 --seq-len 512
 
 All kinds of step run in turn, in one process, and medians are compared: timings of separate runs are not comparable on a
 busy machine. What is recorded rides on a step of full fine-tuning; `profile` is a pass of its own. Peaks of memory are those

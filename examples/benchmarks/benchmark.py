@@ -1,12 +1,12 @@
 """What does a budget buy? Methods of fine-tuning at equal FLOPs, equal steps or equal seconds, with their own learning rates.
 
     pip install -e ".[examples]"
-    python examples/benchmark.py --task summaries --comparison flops --budgets 15 30 60
-    python examples/benchmark.py --task sentences --methods full lora greentrainer-0.5 --seeds 1
-    python examples/benchmark_report.py
-    python examples/benchmark.py --comparison steps --budgets 40 --lr 4e-4 --results examples/results/ablation.jsonl \\
-        --methods one-pass-0.5 one-pass-4-batches-0.5 one-pass-16-batches-0.5 two-pass-0.5 cross-batch-0.5 \\
-        squared-0.5 fisher-0.5 snip-0.5 magnitude-0.5 random-0.5
+    python examples/benchmarks/benchmark.py --task summaries --comparison flops --budgets 15 30 60
+    python examples/benchmarks/benchmark.py --task sentences --methods full lora greentrainer-0.5 --seeds 1
+    python examples/benchmarks/benchmark_report.py
+    python examples/benchmarks/benchmark.py --comparison steps --budgets 40 --lr 4e-4 \\
+        --results examples/benchmarks/results/ablation.jsonl --methods one-pass-0.5 one-pass-4-batches-0.5 \\
+        one-pass-16-batches-0.5 two-pass-0.5 cross-batch-0.5 squared-0.5 fisher-0.5 snip-0.5 magnitude-0.5 random-0.5
 
 A budget is what so many steps of full fine-tuning cost, with everything that a method spends on probes and profiles. At
 every budget the learning rate of a method is the best on the validation split at equal FLOPs, with seeds that the
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_methods import learning_rates
-from summarize import CACHE
+from main_job import CACHE
 
 
 RUN = Path(__file__).with_name("benchmark_run.py")

@@ -1,7 +1,7 @@
 """Does a budget in seconds hold? The main job, planned at several rho, and timed next to full fine-tuning.
 
-    python examples/benchmark_seconds.py
-    python examples/benchmark_seconds.py --unit flops         # what the seconds are if the budget is in FLOPs
+    python examples/benchmarks/benchmark_seconds.py
+    python examples/benchmarks/benchmark_seconds.py --unit flops    # what the seconds are if the budget is in FLOPs
 
 Every rho has a model of its own, which is planned by a probe in a plain loop. Then steps of all models and of full
 fine-tuning are taken in turn, on the same batches, and medians are compared.
@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from main_job import DEVICE, Batches, default_model, default_pairs, load_base
 from memory import keep_freed_memory
 from peft import get_peft_model
-from summarize import DEVICE, Batches, default_model, default_pairs, load_base
 
 from peft_greentrainer import GreenTrainerConfig
 

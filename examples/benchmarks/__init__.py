@@ -1,0 +1,1 @@
+"""What `summarize.py` shares with the benchmarks; each benchmark is a script."""
