@@ -1,4 +1,4 @@
-"""Decides when to probe, and turns what a probe measured into a selection that is applied to model and optimizer.
+"""Probes and selects while a model is trained: joins schedule, probe, choice and what a selection changes.
 
     >>> allocator = allocator_of(base_model)
     >>> allocator.update(step, optimizer)             # after every step
@@ -10,44 +10,33 @@ One allocator per base model, kept on it: `GreenTrainerModel.update_and_allocate
 
 from __future__ import annotations
 
-import math
-import warnings
-import weakref
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
-import torch
 from torch import nn
 
 from ..adapter.config import GreenTrainerConfig
 from ..adapter.refusals import refuse_replaced
-from ..adapter.values import (
-    candidates,
-    follow_layers,
-    layers,
-    parameters_in_use,
-    selected_values,
-    set_selection,
-    set_trainable,
-    set_values,
-)
-from ..measuring.importance import CrossBatch, SameBatch, is_known, unwrapped, update_rule
-from ..measuring.outer_parameters import outer_parameters
+from ..adapter.values import candidates, follow_layers, layers, selected_values, set_selection, set_trainable
+from ..measuring.importance import is_known, unwrapped
 from ..measuring.probe import Probe
 from ..planning.graph import CostGraph
-from ..planning.selection import Selection, everything_fits, select
-from ..tensors.names import OUTSIDE, candidate_of, tensor_of
-from .averaging import update_averages
-from .gradient_checkpointing import REENTRANT, can_save
-from .low_rank_forms import cost_of_updates, forms_of
-from .movement import Watch
+from ..planning.selection import Selection
+from ..tensors.names import candidate_of, tensor_of
+from .apply import apply_selection
+from .choose import UninformativeProbe, choose, everything_is_chosen, selection_from_state, selection_state
+from .gradient_checkpointing import REENTRANT, checkpointing, remove_input_hooks
+from .low_rank_forms import cost_of_updates
+from .new_probe import new_probe
+from .optimizer_steps import OtherOptimizers, record_steps
 from .parallel.ddp import rebuild_reducers, refuse_sharded
-from .parallel.ranks import from_first_rank, mean_over_ranks, of_all_ranks, of_this_rank
-from .param_groups import GroupOf, Optimizers, Placement, TrainedBy, by_reason, keep_in_step, list_of
-from .probe_inputs import FirstRows
-from .stepping import note_steps, now, stepped_since
-from .unreached import PATIENCE, Unreached
+from .parallel.ranks import gather, own_part
+from .param_groups import GroupOf, Optimizers, as_list
+from .placement import OptimizerSetup, Placement, by_reason, find_placement
+from .schedule import Schedule
+from .unmoved import MovementWatch
+from .unreached import Unreached
+from .warn_once import WarnOnce
 
 
 NOT_SEEN = (
@@ -59,9 +48,9 @@ NOT_SEEN = (
 
 def allocator_of(model: nn.Module) -> Allocator:
     """The allocator of a base model that has GreenTrainer layers."""
-    if not hasattr(model, "_greentrainer_allocator"):
-        model._greentrainer_allocator = Allocator(model)
-    return model._greentrainer_allocator
+    if "_greentrainer_allocator" not in vars(model):
+        vars(model)["_greentrainer_allocator"] = Allocator(model)
+    return cast(Allocator, vars(model)["_greentrainer_allocator"])
 
 
 class Allocator:
@@ -82,44 +71,44 @@ class Allocator:
         self.steps_seen = 0
         self._config: GreenTrainerConfig | None = None
         self._probe: Probe | None = None
-        self._last: int | None = None
+        self._last = 0  # what the schedule counts, when the last selection was made
         self._measured: list[dict[str, Any]] | None = None  # what each rank's probe has so far
         self._turns_before = 0
         self._unreached = Unreached()
-        self._warned: set[str] = set()
-        self._optimizers: Set[torch.optim.Optimizer] = weakref.WeakSet()
-        self._began = now()  # training, with these optimizers
+        self._warn_once = WarnOnce()
+        self._others = OtherOptimizers()
         self._left_out: frozenset[str] = frozenset()
-        self._watch = Watch()
-        self._looked = now()  # at what moves
-        note_steps()
+        self._watch = MovementWatch()
+        record_steps()
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # Copies of the model are not probed, and other optimizers train them.
-        return self.__dict__ | {"_probe": None, "_optimizers": frozenset(), "_watch": Watch()}
+        return self.__dict__ | {"_probe": None, "_others": OtherOptimizers(), "_watch": MovementWatch()}
 
-    def begin(self, step: int, optimizer: Optimizers, group_of: GroupOf | None = None) -> None:
+    def begin(
+        self, step: int, optimizer: Optimizers, epoch: int | None = None, group_of: GroupOf | None = None
+    ) -> None:
         """Probe the very next step if nothing was selected yet; call it before the first step where that is possible."""
         adapter_name, config = self._active_adapter()
-        trained_by = self._trained_by(optimizer, group_of)
+        setup = self._setup(optimizer, group_of)
         self._keep_saving()
         self._settle()
-        set_trainable(self.model, adapter_name, config.selected)
+        set_trainable(self.model, adapter_name, config.selected or ())
         rebuild_reducers(self.model)
         if self.selection is None and self._probe is None:
-            self._arm(trained_by)
-        self._last = step
+            self._arm(adapter_name, config, setup)
+        self._last = Schedule.from_setting(config.reselect).count(step, epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that is resumed has to know, as JSON; nothing before the first step."""
-        config, made = self._config, self.selection
+        config = self._config
         if config is None:
             return {}
         return {
             "selected": config.selected,
             "provisional": config.provisional,
             "spent": config.spent,
-            "selection": made and asdict(made) | {"tensors": sorted(made.tensors), "low_rank": sorted(made.low_rank)},
+            "selection": self.selection and selection_state(self.selection),
             "importances": self.importances,
             "last": self._last,
             "probe": self._measured,
@@ -129,23 +118,21 @@ class Allocator:
     def resume(self, state: Mapping[str, Any], optimizer: Optimizers, group_of: GroupOf | None = None) -> None:
         """Go on where a run was stopped, with the values and the optimizer's state of its checkpoint loaded before."""
         adapter_name, config = self._active_adapter()
-        trained_by = self._trained_by(optimizer, group_of)
+        setup = self._setup(optimizer, group_of)
         self.end()
         self._keep_saving()
         self._settle()
         set_selection(self.model, adapter_name, state["selected"], state["provisional"])
         config.spent = state["spent"]
-        kept = state["selection"]
-        of_sets = kept and {name: frozenset(kept.get(name, ())) for name in ("tensors", "low_rank")}
-        self.selection = kept and Selection(**kept | of_sets)
+        self.selection = state["selection"] and selection_from_state(state["selection"])
         self.importances = dict(state["importances"])
         self._last = state["last"]
         if "unreached" in state:  # of which earlier versions kept nothing
             self._unreached.load_state_dict(state["unreached"])
         if state["probe"] is not None:
-            self._arm(trained_by)
-            self._probe.load_state_dict(of_this_rank(state["probe"]))
-            self._turns_before = self._probe.turns
+            probe = self._arm(adapter_name, config, setup)
+            probe.load_state_dict(own_part(state["probe"]))
+            self._turns_before = probe.turns
         rebuild_reducers(self.model)
 
     def update(
@@ -153,40 +140,21 @@ class Allocator:
     ) -> None:
         """Select if the step that was just taken completed a probe; make the next step a probe if one is due."""
         adapter_name, config = self._active_adapter()
-        trained_by = self._trained_by(optimizer, group_of)
-        self._look()
+        setup = self._setup(optimizer, group_of)
+        self._warn_of_unmoved()
         self._keep_saving()
         if config.was_reloaded():
-            set_trainable(self.model, adapter_name, config.selected)
+            set_trainable(self.model, adapter_name, config.selected or ())
         cost = self._cost_of_step()
-        now = step
-        if config.reselect == "epoch":
-            if epoch is None:
-                raise ValueError(
-                    "reselect='epoch' has to know the epoch: call update_and_allocate(step, optimizer, epoch=epoch), or "
-                    "set reselect to a number of steps."
-                )
-            now = epoch
-
-        if self._probe is not None:
-            self._probe.end_turn()
-            if self._probe.turns == self._turns_before:
-                self._warn_once(NOT_SEEN)
-            enough = all(of_all_ranks(self._probe.complete)) or self._nothing_to_choose(adapter_name, config)
-            if enough and not self._waits_for_unreached(adapter_name, config):
-                measured, self._probe = self._probe, None
-                if self._select(measured, adapter_name, config, trained_by):
-                    self._last = now
-
-        interval = {"epoch": 1, "once": math.inf}.get(config.reselect, config.reselect)
-        ahead = 0 if config.reselect == "epoch" else 1
-        due = self.selection is None or now + ahead - self._last >= interval
-        if self._probe is None and due:
-            self._arm(trained_by)
-        self._measured = None
-        if self._probe is not None:
-            self._turns_before = self._probe.turns
-            self._measured = of_all_ranks(self._probe.state_dict())
+        schedule = Schedule.from_setting(config.reselect)
+        reached = schedule.count(step, epoch)
+        if self._probe is not None and self._end_probed_step(self._probe, adapter_name, config):
+            probe, self._probe = self._probe, None
+            if self._select(probe, adapter_name, config, setup):
+                self._last = reached
+        if self._probe is None and (self.selection is None or schedule.is_due(reached, self._last)):
+            self._arm(adapter_name, config, setup)
+        self._keep_measured()
         spent = config.spent or {"steps": 0, "full_steps": 0.0}
         config.spent = {"steps": spent["steps"] + 1, "full_steps": spent["full_steps"] + cost}
 
@@ -210,7 +178,7 @@ class Allocator:
                 "one to train."
             )
         adapter_name = active.pop()
-        config = self.model.peft_config[adapter_name]
+        config: GreenTrainerConfig = cast(Any, self.model).peft_config[adapter_name]
         if config.inference_mode:
             raise ValueError(
                 f"The adapter '{adapter_name}' was loaded for inference: load it with is_trainable=True to train it."
@@ -221,6 +189,10 @@ class Allocator:
             self._config = config
         return adapter_name, config
 
+    def _setup(self, optimizer: Optimizers, group_of: GroupOf | None) -> OptimizerSetup:
+        optimizers = as_list(optimizer)
+        return OptimizerSetup(optimizers, group_of, self._others.find(optimizers))
+
     def _settle(self) -> None:
         """What was loaded or cast since the last pass is as it will be trained, before anything is measured."""
         follow_layers(self.model)
@@ -228,196 +200,100 @@ class Allocator:
             layer.settle()
 
     def _keep_saving(self) -> None:
-        if not can_save(self.model):  # in every step: hooks may be installed at any time
+        """In every step, since hooks may be installed at any time."""
+        kind = checkpointing(self.model)
+        if kind == "reentrant":
             self._warn_once(REENTRANT)
+        elif kind == "non-reentrant":
+            remove_input_hooks(self.model)
 
     def _cost_of_step(self) -> float:
         """What the step cost at most, in steps of full fine-tuning; before any selection that much."""
         share = 1.0 if self.selection is None else self.selection.ratio
         return share if self._probe is None else self._probe.cost_of_step(share) + cost_of_updates(self.model)
 
-    def _trained_by(self, optimizer: Optimizers, group_of: GroupOf | None) -> TrainedBy:
-        optimizers = list_of(optimizer)
-        if set(optimizers) != set(self._optimizers):  # another training: who took steps before has no part in it
-            self._optimizers, self._began = weakref.WeakSet(optimizers), now()
-        own = [unwrapped(optimizer).param_groups for optimizer in optimizers]
-        stepped = stepped_since(self._began)
-        elsewhere = [other for other in stepped if not any(other.param_groups is groups for groups in own)]
-        return TrainedBy(optimizers, group_of, elsewhere)
-
-    def _look(self) -> None:
-        """Tell of tensors that have a gradient and did not move in the step that was just taken."""
-        still = self._watch.look(stepped_since(self._looked))
-        self._looked = now()
-        if still:
+    def _warn_of_unmoved(self) -> None:
+        unmoved = self._watch.take_unmoved()
+        if unmoved:
             self._warn_once(
-                f"Selected tensors have a gradient and did not move in a step: {by_reason(still)}. Their share of the budget "
-                "is spent for nothing."
+                f"Selected tensors have a gradient and did not move in a step: {by_reason(unmoved)}. Their share of the "
+                "budget is spent for nothing."
             )
 
-    def _place(self, adapter_name: str, config: GreenTrainerConfig, trained_by: TrainedBy) -> Placement:
+    def _place(self, adapter_name: str, config: GreenTrainerConfig, setup: OptimizerSetup) -> Placement:
         """Find the group of each tensor, and name the candidates that have none."""
-        placed = Placement.of(trained_by, self.model, adapter_name)
+        placement = find_placement(setup, self.model, adapter_name)
         offered = candidates(self.model, config)
-        self._left_out = frozenset(name for name in offered if tensor_of(name) in placed.left_out)
+        self._left_out = frozenset(name for name in offered if tensor_of(name) in placement.left_out)
         if len(self._left_out) == len(offered):
-            raise ValueError(f"No candidate can be trained: {placed.why_left_out(self._left_out)}")
-        if self._left_out and trained_by.group_of is None:
-            self._warn_once(f"Some tensors are never selected: {placed.why_left_out(self._left_out)}")
-        return placed
+            raise ValueError(f"No candidate can be trained: {placement.why_left_out(self._left_out)}")
+        if self._left_out and setup.group_of is None:
+            self._warn_once(f"Some tensors are never selected: {placement.why_left_out(self._left_out)}")
+        return placement
 
-    def _arm(self, trained_by: TrainedBy) -> None:
-        adapter_name, config = self._active_adapter()
+    def _arm(self, adapter_name: str, config: GreenTrainerConfig, setup: OptimizerSetup) -> Probe:
+        """Make the next step a probe."""
         self._settle()
-        for optimizer in trained_by.optimizers:
+        for optimizer in setup.optimizers:
             refuse_sharded(self.model, optimizer)
-        placed = self._place(adapter_name, config, trained_by)
-        rates = {name: float(g.get("initial_lr", g["lr"]) or 0.0) for name, g in placed.groups.items()}
-        if not any(rates.values()):  # none given, or a warm-up that starts at zero; only proportions matter
-            rates = dict.fromkeys(rates, 1.0)
-        rules = {name: update_rule(optimizer) for name, optimizer in placed.optimizers.items()}
-        rule = update_rule(trained_by.optimizers[0])
-        for optimizer in trained_by.optimizers:
+        placement = self._place(adapter_name, config, setup)
+        for optimizer in setup.optimizers:
             if not is_known(optimizer):
                 self._warn_once(
-                    f"Importance is that of the update which Adam would make; that of {type(unwrapped(optimizer)).__name__} is not known."
+                    "Importance is that of the update which Adam would make; that of "
+                    f"{type(unwrapped(optimizer)).__name__} is not known."
                 )
-
-        parameters = measured_parameters(self.model, adapter_name)
-        if config.provisional:  # factors that may be gone are measured like those that do not exist yet
-            parameters = {name: p for name, p in parameters.items() if candidate_of(name) == name}
-        if config.low_rank:
-            forms = forms_of(self.model, adapter_name)
-            no_gradient = set(forms.frozen.values())
-            parameters = {name: p for name, p in parameters.items() if name not in no_gradient}
-            measure = CrossBatch(rule, rates, set(candidates(self.model, config)), rules)
-            extra = {"forms": forms, "batches": config.importance_batches + 1}
-        else:
-            measure, extra = SameBatch(rule, rates, rules), {"batches": config.importance_batches}
-        self._probe = Probe(
-            self.model,
-            parameters,
-            measure=measure,
-            part=None if config.probe_batch_size is None else FirstRows(config.probe_batch_size),
-            time_with=trained_by.optimizers[0] if config.unit == "seconds" else None,
-            **extra,
-        )
+        self._probe = new_probe(self.model, adapter_name, config, setup, placement)
         self._probe.arm()
         self._turns_before = 0
+        return self._probe
 
-    def _select(self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, trained_by: TrainedBy) -> bool:
+    def _end_probed_step(self, probe: Probe, adapter_name: str, config: GreenTrainerConfig) -> bool:
+        """Whether the probe has measured enough to select; if not, the next step is a probe too."""
+        probe.end_turn()
+        if probe.turns == self._turns_before:
+            self._warn_once(NOT_SEEN)
+        own = set(candidates(self.model, config))
+        if not all(gather(probe.complete)):
+            offered = (own | set(probe.trained())) - self._left_out
+            if config.unit == "seconds" or not everything_is_chosen(probe, offered, config.rho):
+                return False
+        if not self._unreached.count_probed_step(probe, own, config.provisional):
+            return True
+        refuse_replaced(own, layers(self.model))  # which would be waited for in vain
+        probe.go_on()  # with what it has measured
+        warning = self._unreached.take_warning()
+        if warning is not None:
+            self._warn_once(warning)
+        return False
+
+    def _select(self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, setup: OptimizerSetup) -> bool:
+        """Train what the probe tells to train; whether it told anything."""
         probe.disarm()
         own = set(candidates(self.model, config))
-        trained = {name for name in probe.trained() if candidate_of(name) not in own}
-        placed = self._place(adapter_name, config, trained_by)  # groups may have changed since the probe began
+        always = {name for name in probe.trained() if candidate_of(name) not in own}
+        placement = self._place(adapter_name, config, setup)  # groups may have changed since the probe began
         own -= self._left_out
-        importances = mean_over_ranks(probe.importances())
-        if not all(map(math.isfinite, importances.values())):
-            self._warn_once(
-                "The loss or a gradient was not finite in a probe, so the selection stays as it was; the next step is "
-                "a probe again. If this goes on, lower the learning rate or look for bad examples."
-            )
+        try:
+            choice = choose(probe, own, always, config.rho)
+        except UninformativeProbe as why:
+            self._warn_once(str(why))
             return False
-
-        def choose() -> tuple[CostGraph, Selection] | None:
-            graph = probe.graph(own | trained)
-            # Where two batches disagree, an importance is small, and what else is left of the budget may go there.
-            least = min((value for value in importances.values() if value > 0), default=0.0)
-            if not (everything_fits(graph, config.rho) or least):
-                return None
-            of_graph = {name: max(importances[name], least) for name in graph.tensors if name in importances}
-            # What is always trained and never got a gradient costs nothing in batches like these.
-            return graph, select(graph, of_graph, config.rho, always=trained.intersection(graph.tensors))
-
-        chosen = from_first_rank(choose)
-        if chosen is None:
-            self._warn_once(
-                "Every gradient was zero in a probe (equal rewards, say), so the selection stays as it was; the next step "
-                "is a probe again. If this goes on, check that the loss has a gradient."
-            )
-            return False
-        self.importances = importances
-        self.graph, self.selection = chosen
-        _apply(self.model, adapter_name, self.selection.candidates & own, trained_by.optimizers, placed)
-        selected = selected_values(self.model, adapter_name)
-        of_tensor = {name: tensor_of(name) for name in selected}
+        self.selection, self.graph, self.importances = choice.selection, choice.graph, choice.importances
+        selected = self.selection.candidates & own
+        apply_selection(self.model, adapter_name, selected, setup.optimizers, placement)
+        values = selected_values(self.model, adapter_name)
+        tensors = {name: tensor_of(name) for name in values}
         self._watch.follow(
-            selected,
-            {name: placed.optimizers[tensor] for name, tensor in of_tensor.items()},
-            {name: placed.groups[tensor] for name, tensor in of_tensor.items()},
+            values,
+            {name: placement.optimizers[tensor] for name, tensor in tensors.items()},
+            {name: placement.groups[tensor] for name, tensor in tensors.items()},
         )
         return True
 
-    def _waits_for_unreached(self, adapter_name: str, config: GreenTrainerConfig) -> bool:
-        """Whether the probe goes on, since what it was to tell of got no gradient; what it has measured stays."""
-        own, trained = set(candidates(self.model, config)), set(self._probe.trained())
-        # A model around the base may be of an earlier training, and is not waited for.
-        always = {name for name in trained if candidate_of(name) not in own and not name.startswith(OUTSIDE)}
-        # A provisional selection is made from sizes, and may have tensors that never get a gradient.
-        selected = set() if config.provisional else {candidate_of(name) for name in trained} & own
-        reached = self._probe.reached() & (own | always)
-        if not self._unreached.waits(always | selected, reached, reaches_any=bool(reached & own)):
-            return False
-        refuse_replaced(own, layers(self.model))  # which would be waited for in vain
-        self._probe.go_on()
-        missing = [name for name in self._unreached.missing if name not in self._warned]
-        self._warned.update(missing)
-        if missing:
-            self._warn_once(
-                f"A probe saw no gradient of {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, so the cost of "
-                "training that is not known. The selection stays as it was, and the next step is a probe too, up to "
-                f"{PATIENCE} in a row; then what was seen is selected from."
-            )
-        elif not self._unreached.missing:
-            self._warn_once(
-                "The loss of a probe reached no candidate tensor, so the selection stays as it was; the next step is a probe "
-                "too. If this goes on, check that the loss depends on what target_modules names."
-            )
-        return True
-
-    def _nothing_to_choose(self, adapter_name: str, config: GreenTrainerConfig) -> bool:
-        """Whether one pass was enough, since it tells that everything fits the budget."""
-
-        def fits() -> bool:
-            offered = {*candidates(self.model, config), *self._probe.trained()} - self._left_out
-            return not self._probe.reached().isdisjoint(offered) and everything_fits(
-                self._probe.graph(offered), config.rho
-            )
-
-        return config.unit != "seconds" and from_first_rank(fits)
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=3)
-
-
-def measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors; the
-    factors of low-rank updates; and what a model around the base trains."""
-    return outer_parameters(model) | parameters_in_use(model, adapter_name)
-
-
-def _apply(
-    model: nn.Module,
-    adapter_name: str,
-    selected: frozenset[str],
-    optimizers: Sequence[torch.optim.Optimizer],
-    placed: Placement,
-) -> None:
-    config = model.peft_config[adapter_name]
-    before = _values(model, adapter_name)
-    # What the provisional selection trained was a stand-in for the first steps: unless selected now, it is forgotten.
-    kept = set() if config.provisional else config.tensors.keys()
-    set_values(model, adapter_name, selected | kept)
-    set_selection(model, adapter_name, selected)
-    after = {id(value) for value in _values(model, adapter_name)}
-    dropped = [value for value in before if id(value) not in after]
-    keep_in_step(optimizers, model, placed.groups, adapter_name, dropped)
-    rebuild_reducers(model)
-    update_averages(model)
-
-
-def _values(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    of_layers = [layer.greentrainer_values for layer in layers(model).values()]
-    return [value for of_layer in of_layers if adapter_name in of_layer for value in of_layer[adapter_name].values()]
+    def _keep_measured(self) -> None:
+        """Keep what every rank has measured, for a checkpoint that one of them writes."""
+        self._measured = None
+        if self._probe is not None:
+            self._turns_before = self._probe.turns
+            self._measured = gather(self._probe.state_dict())

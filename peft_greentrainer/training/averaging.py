@@ -27,9 +27,15 @@ _averaged: weakref.WeakKeyDictionary[AveragedModel, weakref.ref[nn.Module]] = we
 
 
 def follow_selections() -> None:
-    """Let every `AveragedModel` follow the changing sets of values, in place of what an earlier import did."""
-    make = getattr(AveragedModel.__init__, "of_torch", AveragedModel.__init__)
-    update = getattr(AveragedModel.update_parameters, "of_torch", AveragedModel.update_parameters)
+    """Let every `AveragedModel` follow the changing sets of values, in place of what an earlier import did.
+
+    This replaces two methods of torch's class, for a reason: users and Lightning call them on objects of that very class,
+    which has no hook, and an average that pairs by position is wrong in silence. Of models without the adapter it makes what
+    torch makes. What holds it is
+    tests/training/test_averaging.py::test_other_models_are_averaged_as_ever_and_importing_again_changes_nothing.
+    """
+    make = getattr(AveragedModel.__init__, "original", AveragedModel.__init__)
+    update = getattr(AveragedModel.update_parameters, "original", AveragedModel.update_parameters)
 
     @functools.wraps(make)
     def __init__(self: AveragedModel, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -39,11 +45,13 @@ def follow_selections() -> None:
     @functools.wraps(update)
     def update_parameters(self: AveragedModel, model: nn.Module) -> None:
         if not any(isinstance(module, GreenTrainerLayer) for module in model.modules()):
-            return update(self, model)
+            update(self, model)
+            return
         _averaged[self] = weakref.ref(model)  # copies of an average were not made from it
         have_same_values(self.module, model)
         if self.n_averaged == 0:
-            return update(self, model)
+            update(self, model)
+            return
         average = self.module
         self.module, of_model = _what_changes(average, model)
         try:
@@ -51,8 +59,8 @@ def follow_selections() -> None:
         finally:
             self.module = average
 
-    for patched, of_torch in ((__init__, make), (update_parameters, update)):
-        patched.of_torch = of_torch
+    for patched, original in ((__init__, make), (update_parameters, update)):
+        vars(patched)["original"] = original
         setattr(AveragedModel, patched.__name__, patched)
 
 

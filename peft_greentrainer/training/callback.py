@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -42,27 +43,28 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model=None,
-        optimizer=None,
-        **kwargs,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         self._allocator = allocator_of(base_model(model))
         # transformers wants to find this callback in a checkpoint that was made without it, too.
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        kept = cast(dict[str, Any], state.stateful_callbacks)  # annotated as what the constructor takes
+        saved = kept.setdefault(type(self).__name__, self.state())
         saved = saved[-1] if isinstance(saved, list) else saved  # of a callback that was added twice
         self._allocator.steps_seen = state.global_step
         if state.global_step and saved["attributes"]["allocation"]:
             self._allocator.resume(saved["attributes"]["allocation"], optimizer, self.group_of)
         else:
-            self._allocator.begin(state.global_step, optimizer, self.group_of)
+            self._allocator.begin(state.global_step, optimizer, int(state.epoch or 0), self.group_of)
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """What transformers saves with a checkpoint."""
         allocator = getattr(self, "_allocator", None)
         return {"args": {}, "attributes": {"allocation": allocator and allocator.state_dict()}}
 
     def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         allocator_of(base_model(model)).end_micro_batch()
 
@@ -71,9 +73,9 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model=None,
-        optimizer=None,
-        **kwargs,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         allocator = allocator_of(base_model(model))
         if allocator.steps_seen != state.global_step:  # or this callback was added twice
@@ -81,7 +83,7 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
             allocator.update(state.global_step, optimizer, epoch=int(state.epoch), group_of=self.group_of)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         allocator = allocator_of(base_model(model))
         allocator.end()
@@ -94,10 +96,12 @@ class GreenTrainerCallback(TrainerCallback, ExportableState):
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that carries the GreenTrainer layers: inside a `PeftModel`, or at any depth of what is trained."""
-    places = {}  # of base models; that of the PeftModel around one is the name that its owner knows
+    names: dict[
+        nn.Module, str
+    ] = {}  # of base models; that of the PeftModel around one is the name that its owner knows
     for name, module in model.named_modules():
-        places.setdefault(module.get_base_model() if isinstance(module, PeftModel) else module, name)
-    found = {base_name(name): module for module, name in places.items() if _is_adapted(module)}
+        names.setdefault(module.get_base_model() if isinstance(module, PeftModel) else module, name)
+    found = {base_name(name): module for module, name in names.items() if _is_adapted(module)}
     if not found:
         raise ValueError(
             "GreenTrainerCallback found no GreenTrainer adapter in the model: wrap it first, "

@@ -1,15 +1,18 @@
 """The low-rank forms of a wrapped model, as a probe needs them.
 
->>> Probe(base, parameters, measure=measure, forms=forms_of(base, "default"))
+>>> Probe(base, parameters, measure=measure, forms=low_rank_forms(base, config))
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..adapter.candidates import plan_wrappers, uses
+from ..adapter.config import GreenTrainerConfig
 from ..adapter.linear import GreenTrainerLinear
 from ..adapter.values import candidate_tensors, layers
 from ..measuring.low_rank import LowRankForms
@@ -17,16 +20,18 @@ from ..tensors.forms import LowRankForm, seed_of
 from ..tensors.names import low_rank_form
 
 
-def forms_of(model: nn.Module, adapter_name: str) -> LowRankForms:
+def low_rank_forms(model: nn.Module, config: GreenTrainerConfig) -> LowRankForms:
     """The low-rank forms that the adapter offers, and those that it has; provisional ones may be gone after a probe."""
-    config = model.peft_config[adapter_name]
     form = config.form
     plan = plan_wrappers(config, model)
     offered = candidate_tensors(plan, model, config).keys()
-    lasting = set() if config.provisional else config.tensors.keys()
-    linear, first_factor, frozen = {}, {}, {}
+    lasting = set() if config.provisional else set(config.tensors or ())
+    linear: dict[str, nn.Module] = {}
+    first_factor: dict[str, Callable[[], Tensor]] = {}
+    frozen: dict[nn.Module, str] = {}
     for key, _, tensor in uses(plan):
-        layer, candidate = model.get_submodule(key), low_rank_form(tensor)
+        layer: Any = model.get_submodule(key)  # each of them is wrapped
+        candidate = low_rank_form(tensor)
         if tensor not in offered:
             frozen[layer.base_layer] = tensor
         if candidate in offered and candidate not in lasting:
@@ -44,4 +49,5 @@ def cost_of_updates(model: nn.Module) -> float:
     """At most what the updates that exist cost in a step, in steps of full fine-tuning: FLOPs grow with weights."""
     wrappers = [layer for layer in layers(model).values() if isinstance(layer, GreenTrainerLinear)]
     added = sum(factor.numel() for layer in wrappers for factor in layer.all_factors())
-    return added / max(1, sum(layer.base_layer.weight.numel() for layer in wrappers))
+    weights: list[Tensor] = [layer.base_layer.get_parameter("weight") for layer in wrappers]
+    return added / max(1, sum(weight.numel() for weight in weights))

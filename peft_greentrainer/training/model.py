@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,10 +72,61 @@ class GreenTrainerModel(GreenTrainerTuner):
         """The last selection that was made ([`Selection`]), or None before the first."""
         return allocator_of(self.model).selection
 
+    def allocation_state_dict(self) -> dict[str, Any]:
+        """
+        What a loop that is resumed has to know beside the states of model and optimizer: the selection, the schedule, and
+        what a probe that is not complete has measured. Call this after `update_and_allocate`; on several ranks it is the same
+        on all of them.
+
+            >>> checkpoint = {
+            ...     "model": model.state_dict(),
+            ...     "optimizer": optimizer.state_dict(),
+            ...     "allocation": model.base_model.allocation_state_dict(),
+            ... }
+            >>> torch.save(checkpoint, "checkpoint.pt")
+
+        Returns:
+            `dict[str, Any]`: Numbers, strings, lists and dicts of them, as JSON has them; empty before the first step.
+        """
+        return allocator_of(self.model).state_dict()
+
+    def resume_allocation(
+        self,
+        state: Mapping[str, Any],
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *,
+        group_of: GroupOf | None = None,
+    ) -> None:
+        """
+        Go on where a loop was stopped, as if it had not been. Without this the selection is that of the checkpoint too, and
+        the next step is a probe.
+
+            >>> checkpoint = torch.load("checkpoint.pt")
+            >>> model.load_state_dict(checkpoint["model"])
+            >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+            >>> optimizer.load_state_dict(checkpoint["optimizer"])
+            >>> model.base_model.resume_allocation(checkpoint["allocation"], optimizer)
+
+        Args:
+            state (`Mapping[str, Any]`): What `allocation_state_dict` gave. Nothing is done if it is empty.
+            optimizer (`torch.optim.Optimizer` or a list of them): The optimizers of this model, with their states loaded.
+            group_of (`Callable`, *optional*): As in `update_and_allocate`.
+
+        Raises:
+            ValueError: `state` is not what `allocation_state_dict` gave; two active adapters, or one that is loaded for inference; no
+                optimizer takes any candidate.
+        """
+        if state and "selected" not in state:
+            raise ValueError("resume_allocation takes what allocation_state_dict gave when the checkpoint was made.")
+        if state:
+            allocator_of(self.model).resume(state, optimizer, group_of)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         follow_loading(model)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self, *args: Any, **kwargs: Any
+    ) -> Any:  # peft annotates None, and returns a model
         stop_following(self.model)
         return super()._unload_and_optionally_merge(*args, **kwargs)

@@ -262,14 +262,13 @@ def test_a_native_adapter_of_transformers():
 
 def run_of(model, steps, path=None):
     """A plain loop with checkpoints of its own, resumed where one is found: the losses and what is saved in the end."""
-    base = model.get_base_model()
     saved = torch.load(path, weights_only=True) if path is not None and path.exists() else None
     if saved:
         model.load_state_dict(saved["model"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-        allocator_of(base).resume(json.loads(saved["allocator"]), optimizer)
+        model.base_model.resume_allocation(saved["allocation"], optimizer)
     losses = []
     for step in range(saved["step"] if saved else 0, steps):
         loss = model(**make_batch("llama", seed=step)).loss
@@ -280,21 +279,36 @@ def run_of(model, steps, path=None):
         losses.append(loss.item())
     if path is not None and not saved:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": steps}
-        torch.save(state | {"allocator": json.dumps(allocator_of(base).state_dict())}, path)
+        state["allocation"] = model.base_model.allocation_state_dict()
+        assert json.loads(json.dumps(state["allocation"])) == state["allocation"]
+        torch.save(state, path)
     return losses
 
 
 @pytest.mark.parametrize(
     "config", [{}, {"low_rank": "also", "r": 4}, {"reselect": 3, "importance_batches": 2}], ids=str
 )
-@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
 def test_a_plain_loop_that_is_resumed_is_the_one_that_was_not(config, step, tmp_path):
     whole = make(**config)
     expected = run_of(whole, 8)
     first = run_of(make(**config), step, tmp_path / "checkpoint")
+    if step == 2 and "importance_batches" in config:
+        saved = torch.load(tmp_path / "checkpoint", weights_only=True)["allocation"]
+        assert saved["probe"][0]["passes"] == 1  # of two
     resumed = make(**config)
     assert first + run_of(resumed, 8, tmp_path / "checkpoint") == expected
     check_same(resumed, whole)
+
+
+def test_what_is_no_allocation_is_refused_and_the_one_before_the_first_step_changes_nothing():
+    model = make()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    before = copy.deepcopy(model.peft_config["default"])
+    model.base_model.resume_allocation(model.base_model.allocation_state_dict(), optimizer)
+    assert model.peft_config["default"] == before and model.base_model.selection is None
+    with pytest.raises(ValueError, match="takes what allocation_state_dict gave"):
+        model.base_model.resume_allocation(model.state_dict(), optimizer)
 
 
 def test_after_loading_all_have_a_place_in_an_optimizer_and_only_what_is_selected_is_trained():

@@ -19,8 +19,9 @@ from peft_greentrainer.measuring.formulas import flop_counter
 from peft_greentrainer.measuring.importance import CrossBatch
 from peft_greentrainer.tensors.forms import LowRankForm
 from peft_greentrainer.tensors.names import factors, is_low_rank, low_rank_form, tensor_of
-from peft_greentrainer.training.allocator import _apply, allocator_of
-from peft_greentrainer.training.param_groups import Placement, TrainedBy
+from peft_greentrainer.training.allocator import allocator_of
+from peft_greentrainer.training.apply import apply_selection
+from peft_greentrainer.training.placement import OptimizerSetup, find_placement
 
 
 RANK = 3
@@ -188,8 +189,8 @@ def test_what_was_learned_in_either_form_stays():
         loop.model.eval()
         before = outputs(loop.model, "llama")
         base = loop.model.get_base_model()
-        placed = Placement.of(TrainedBy([loop.optimizer]), base, "default")
-        _apply(base, "default", frozenset(selected), [loop.optimizer], placed)
+        placement = find_placement(OptimizerSetup([loop.optimizer]), base, "default")
+        apply_selection(base, "default", frozenset(selected), [loop.optimizer], placement)
         assert torch.equal(outputs(loop.model, "llama"), before)
         trained = {n for n, p in loop.model.named_parameters() if p.requires_grad}
         assert len(trained) == len(selected) + sum(map(is_low_rank, selected))

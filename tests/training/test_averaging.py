@@ -188,11 +188,11 @@ def test_other_models_are_averaged_as_ever_and_importing_again_changes_nothing()
         return average.state_dict()
 
     expected = averaged()
-    of_torch = AveragedModel.update_parameters.of_torch
+    original = AveragedModel.update_parameters.original
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("peft_greentrainer")}
     try:
         importlib.import_module("peft_greentrainer")
-        assert AveragedModel.update_parameters.of_torch is of_torch
+        assert AveragedModel.update_parameters.original is original
         found = averaged()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     finally:
@@ -200,7 +200,7 @@ def test_other_models_are_averaged_as_ever_and_importing_again_changes_nothing()
         kept["peft_greentrainer"].registration.register(
             kept["peft_greentrainer"].GreenTrainerConfig, kept["peft_greentrainer"].GreenTrainerModel
         )
-        kept["peft_greentrainer.averaging"].follow_selections()
+        kept["peft_greentrainer.training.averaging"].follow_selections()
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -29,7 +29,7 @@ def run(launcher, what, folder):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(
         [sys.executable, *LAUNCHERS[launcher], ranks.__file__, what, str(folder)],
-        env=environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=environment | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -55,9 +55,10 @@ def check(of_ranks, expected):
             torch.testing.assert_close(found["values"][name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_a_plain_loop_under_ddp_is_that_of_one_process_with_the_doubled_batch(tmp_path):
-    of_ranks = run("torchrun", "loop", tmp_path)
-    model = ranks.peft_model()
+@pytest.mark.parametrize("what", ["loop", "container"])
+def test_a_plain_loop_under_ddp_is_that_of_one_process_with_the_doubled_batch(what, tmp_path):
+    of_ranks = run("torchrun", what, tmp_path)
+    model = ranks.Headed() if what == "container" else ranks.peft_model()
     gradients = ranks.loop(model, model, 0, 1)
     check(of_ranks, ranks.result(model))
     assert len({frozenset(of_step) for of_step in gradients}) > 1  # the selection did change
@@ -68,6 +69,9 @@ def test_a_plain_loop_under_ddp_is_that_of_one_process_with_the_doubled_batch(tm
         for name in expected:
             assert torch.equal(first[name], second[name]), name
             torch.testing.assert_close(first[name], expected[name], rtol=1e-3, atol=1e-5)
+    for found in of_ranks:  # what all ranks have is not sent again
+        assert found["sent at wrapping"] >= sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        assert found["sent at selections"] == 0
 
 
 def test_low_rank_candidates_under_ddp_are_the_same_on_every_rank(tmp_path):

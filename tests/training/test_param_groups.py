@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import Adafactor, Trainer, TrainingArguments
 
 from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig
+from peft_greentrainer.training.acceptance import TensorKind, accepts
 from peft_greentrainer.training.allocator import allocator_of
-from peft_greentrainer.training.taking import TensorKind, takes
 
 
 VISION, LANGUAGE = 1e-4, 1e-2
@@ -405,13 +405,13 @@ def test_groups_with_a_flag(make):
 
 
 def test_what_optimizers_take():
-    kinds = [TensorKind.of(torch.ones([2] * n)) for n in (0, 1, 2, 3, 4)]
+    kinds = [TensorKind.from_tensor(torch.ones([2] * n)) for n in (0, 1, 2, 3, 4)]
     parameters = [nn.Parameter(torch.ones(4, 4))]
     for name, found in vars(torch.optim).items():
         if isinstance(found, type) and issubclass(found, torch.optim.Optimizer) and found is not torch.optim.Optimizer:
             optimizer = found(parameters)
             expected = {"Muon": [2], "SparseAdam": []}.get(name, [0, 1, 2, 3, 4])
-            assert [k.dimensions for k in kinds if takes(optimizer, optimizer.param_groups[0], k)] == expected, name
+            assert [k.dimensions for k in kinds if accepts(optimizer, optimizer.param_groups[0], k)] == expected, name
     optimizers = [
         Adafactor(parameters),
         torch.optim.AdamW(parameters, fused=True),
@@ -422,7 +422,7 @@ def test_what_optimizers_take():
     )
     for optimizer in (*optimizers, decayed):
         for group in optimizer.param_groups:
-            assert all(takes(optimizer, group, kind) for kind in kinds)
+            assert all(accepts(optimizer, group, kind) for kind in kinds)
 
 
 def test_a_list_with_accelerate():

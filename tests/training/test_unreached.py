@@ -12,7 +12,8 @@ from torch import nn
 
 from peft_greentrainer import GreenTrainerConfig
 from peft_greentrainer.measuring.formulas import flop_counter
-from peft_greentrainer.training.allocator import PATIENCE, allocator_of
+from peft_greentrainer.training.allocator import allocator_of
+from peft_greentrainer.training.unreached import PATIENCE
 
 
 class Captions(nn.Module):

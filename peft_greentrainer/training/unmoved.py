@@ -1,9 +1,9 @@
 """Notices tensors that have a gradient and do not move, whatever keeps them from it.
 
-    >>> watch = Watch()
+    >>> watch = MovementWatch()
     >>> watch.follow({"model.norm.weight": value}, {"model.norm.weight": optimizer}, {"model.norm.weight": group})
     >>> loss.backward(); optimizer.step()
-    >>> watch.look(stepped=[optimizer])
+    >>> watch.take_unmoved()
     {}
 
 A newly selected tensor is new to whatever steps: an optimizer that steps in gradient hooks, or keeps a list of its own, has
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..measuring.importance import unwrapped, update_rule
+from .optimizer_steps import step_count, stepped_since
 
 
 # So many steps are waited for a first movement of anything that an optimizer has: a scaler skips steps that overflow. And so
 # many at a learning rate of zero, as a warm-up begins.
-PATIENCE, WARM_UP = 3, 10
+IN_VAIN, WARM_UP = 3, 10
 # A gradient that is so much smaller than others is their rounding.
 ROUNDING = torch.finfo(torch.float32).eps
 
@@ -47,7 +48,7 @@ class _Followed:
 class _Note:
     """A tensor as its gradient arrived."""
 
-    at: list[tuple[Tensor, ...]]
+    indices: list[tuple[Tensor, ...]]
     grads: Tensor
     before: Tensor
     accumulated: Tensor | None  # of the gradient before; None: there was none
@@ -59,7 +60,7 @@ class _Note:
         return self.accumulated is None or not self.accumulated.any()
 
 
-class Watch:
+class MovementWatch:
     """Follows tensors from a selection on, each until it has moved once, or was told of.
 
     It hangs on the nodes of the graph that accumulate gradients, not on the tensors: so nothing of it is seen there, copied
@@ -72,6 +73,7 @@ class Watch:
         self._told: set[str] = set()
         self._in_vain: Counter[int] = Counter()  # steps in which nothing moved, by optimizer
         self._began: set[int] = set()
+        self._last_look = step_count()
 
     def follow(
         self,
@@ -97,41 +99,41 @@ class Watch:
     def _drop(self, name: str) -> None:
         self._followed.pop(name).handle.remove()
 
-    def _arrived(self, name: str, grads: tuple[Tensor | None, ...]) -> None:
-        grad = grads[0]
+    def _arrived(self, name: str, arrived: tuple[Tensor | None, ...]) -> None:
+        grad = arrived[0]
         if grad is None or name in self._noted:
             return
-        value, at = self._followed[name].value, _largest(grad)
-        if at:
-            of_grad, before = _entries(grad.to_dense() if grad.is_sparse else grad, at), _entries(value.detach(), at)
+        value, indices = self._followed[name].value, _largest(grad)
+        if indices:
+            grads = _entries(grad.to_dense() if grad.is_sparse else grad, indices)
+            before = _entries(value.detach(), indices)
             # Gradients that are zeroed in place are as good as none.
-            accumulated = None if value.grad is None or value.grad.is_sparse else _entries(value.grad, at)
-            self._noted[name] = _Note(at, of_grad, before, accumulated, float(self._followed[name].group["lr"] or 0.0))
+            accumulated = None if value.grad is None or value.grad.is_sparse else _entries(value.grad, indices)
+            self._noted[name] = _Note(
+                indices, grads, before, accumulated, float(self._followed[name].group["lr"] or 0.0)
+            )
 
-    def look(self, stepped: Iterable[torch.optim.Optimizer]) -> dict[str, str]:
-        """After a step: which tensors did not move although they should have, each told of once, and why that may be.
-
-        Args:
-            stepped: the optimizers that are known to have taken a step.
-        """
+    def take_unmoved(self) -> dict[str, str]:
+        """After a step: which tensors did not move although they should have, each told of once, and why that may be."""
+        stepped, self._last_look = stepped_since(self._last_look), step_count()
         noted, self._noted = self._noted, {}
         grads = {name: note.grads.abs().max().item() for name, note in noted.items()}
         if not all(map(math.isfinite, grads.values())):  # a scaler leaves the step out
             return {}
-        now = {name: _entries(self._followed[name].value.detach(), note.at) for name, note in noted.items()}
-        moved = {name for name, note in noted.items() if (now[name] != note.before).any()}
+        after = {name: _entries(self._followed[name].value.detach(), note.indices) for name, note in noted.items()}
+        moved = {name for name, note in noted.items() if (after[name] != note.before).any()}
         rounding = ROUNDING * max(grads.values(), default=0.0)
         still = [
             n for n in noted if n not in moved and grads[n] > rounding and self._is_visible(n, noted[n], grads[n])
         ]
-        of_optimizer: dict[int, list[str]] = {}
+        still_by_optimizer: dict[int, list[str]] = {}
         for name in still:
-            of_optimizer.setdefault(id(self._followed[name].optimizer), []).append(name)
+            still_by_optimizer.setdefault(id(self._followed[name].optimizer), []).append(name)
 
         who_stepped = {id(optimizer) for optimizer in stepped}
         who_moved = {id(self._followed[name].optimizer) for name in moved}
         found = []
-        for optimizer, names in of_optimizer.items():
+        for optimizer, names in still_by_optimizer.items():
             if optimizer in who_moved:
                 found += names
                 continue
@@ -139,7 +141,7 @@ class Watch:
             thrown_away = optimizer in self._began and all(noted[name].is_first for name in names)
             self._began.add(optimizer)
             self._in_vain[optimizer] += thrown_away or optimizer in who_stepped
-            if self._in_vain[optimizer] >= (PATIENCE if any(noted[name].lr for name in names) else WARM_UP):
+            if self._in_vain[optimizer] >= (IN_VAIN if any(noted[name].lr for name in names) else WARM_UP):
                 found += names
         for optimizer in who_moved:
             self._in_vain[optimizer] = 0
@@ -175,9 +177,9 @@ def _largest(grad: Tensor) -> list[tuple[Tensor, ...]]:
         rows, grad = grad.indices()[0], grad.values()
     if not grad.numel():
         return []
-    found = [torch.unravel_index(at, grad.shape) if grad.dim() else () for at in (grad.argmax(), grad.argmin())]
+    found = [torch.unravel_index(i, grad.shape) if grad.dim() else () for i in (grad.argmax(), grad.argmin())]
     return found if rows is None else [(rows[row], *rest) for row, *rest in found]
 
 
-def _entries(tensor: Tensor, at: list[tuple[Tensor, ...]]) -> Tensor:
-    return torch.stack([tensor[place] for place in at])
+def _entries(tensor: Tensor, indices: list[tuple[Tensor, ...]]) -> Tensor:
+    return torch.stack([tensor[index] for index in indices])

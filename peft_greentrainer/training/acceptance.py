@@ -1,11 +1,12 @@
-"""Which tensors an optimizer takes at all: Muon those of two dimensions, SparseAdam those with sparse gradients.
+"""Which tensors an optimizer accepts at all: Muon those of two dimensions, SparseAdam those with sparse gradients.
 
     >>> muon = torch.optim.Muon([nn.Parameter(torch.ones(4, 4))])
-    >>> takes(muon, muon.param_groups[0], TensorKind.of(torch.ones(8, 2))), takes(muon, muon.param_groups[0], TensorKind.of(torch.ones(8)))
-    (True, False)
+    >>> kinds = [TensorKind.from_tensor(torch.ones(shape)) for shape in ((8, 2), (8,))]
+    >>> [accepts(muon, muon.param_groups[0], kind) for kind in kinds]
+    [True, False]
 
 No attribute of an optimizer tells. So another optimizer of the same class and options is made for a tiny tensor of that
-kind, and takes a step: what it does not take, it refuses in the one or in the other.
+kind, and takes a step: what it does not accept, it refuses in the one or in the other.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ class TensorKind:
     sparse: bool = False
 
     @classmethod
-    def of(cls, tensor: Tensor, sparse: bool = False) -> TensorKind:
+    def from_tensor(cls, tensor: Tensor, sparse: bool = False) -> TensorKind:
         return cls(tensor.dim(), tensor.dtype, tensor.device, sparse)
 
 
-def takes(optimizer: torch.optim.Optimizer, group: dict[str, Any], kind: TensorKind) -> bool:
+def accepts(optimizer: torch.optim.Optimizer, group: dict[str, Any], kind: TensorKind) -> bool:
     """Whether a tensor of this kind can be added to the group and be stepped there."""
     if _can_step(optimizer, group, kind):
         return True
