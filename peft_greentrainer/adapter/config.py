@@ -219,12 +219,12 @@ class GreenTrainerConfig(PeftConfig):
         """How low-rank updates are made."""
         return LowRankForm(self.r, self.low_rank_lr)
 
-    def take_for_a_model(self) -> None:
+    def forget_earlier_model(self) -> None:
         """Forget what belongs to the model that this config was used for before, if it was."""
-        if hasattr(self, "_taken"):
+        if self._was_used:
             self.frozen = self.tensors = self.selected = self.spent = None
             self.provisional = False
-        self._taken = True
+        self._was_used = True
 
     def refuse_single_rows(self) -> None:
         """Raise `ValueError` if rows of an embedding are to be trained; trl sets that after the config was made."""
@@ -237,19 +237,10 @@ class GreenTrainerConfig(PeftConfig):
                 "tokenizer that it returns, and no chat_template_path."
             )
 
-    def loaded_again(self) -> bool:
-        """Whether values are loaded into this adapter for a second time, as for going on from a checkpoint."""
-        self._reloaded, self._loaded = hasattr(self, "_loaded"), True
-        return self._reloaded
-
-    def was_reloaded(self) -> bool:
-        """Whether that has happened since this was last asked."""
-        reloaded, self._reloaded = getattr(self, "_reloaded", False), False
-        return reloaded
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType.GREENTRAINER
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]  # peft gives it no types
+        self.peft_type = PeftType("GREENTRAINER")
+        self._was_used = False  # for a model: adapters of several models may be made with one config
         _check(
             "rho", self.rho, _is_number(self.rho) and 0 < self.rho <= 1, "in (0, 1]: the share of a full step's cost"
         )

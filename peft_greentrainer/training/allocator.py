@@ -22,14 +22,13 @@ from torch import nn
 
 from ..adapter.config import GreenTrainerConfig
 from ..adapter.refusals import refuse_replaced
+from ..adapter.save_and_load import follow_layers
 from ..adapter.values import (
     candidates,
-    follow_layers,
     layers,
     parameters_in_use,
     selected_values,
     set_selection,
-    set_trainable,
     set_values,
 )
 from ..measuring.importance import is_known, unwrapped, update_rule
@@ -104,7 +103,7 @@ class Allocator:
         trained_by = self._trained_by(optimizer, group_of)
         self._keep_saving()
         self._settle()
-        set_trainable(self.model, adapter_name, config.selected)
+        set_selection(self.model, adapter_name, config.selected, config.provisional)
         rebuild_reducers(self.model)
         if self.selection is None and self._probe is None:
             self._arm(trained_by)
@@ -156,8 +155,6 @@ class Allocator:
         trained_by = self._trained_by(optimizer, group_of)
         self._look()
         self._keep_saving()
-        if config.was_reloaded():
-            set_trainable(self.model, adapter_name, config.selected)
         cost = self._cost_of_step()
         now = step
         if config.reselect == "epoch":

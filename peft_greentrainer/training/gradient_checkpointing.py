@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..adapter.layer import bare
+from ..adapter.layer import base_layer_of
 
 
 REENTRANT = (
@@ -23,7 +23,7 @@ HOOKS = ("make_inputs_require_grad", "make_inputs_require_grads")
 def can_save(model: nn.Module) -> bool:
     """Remove the hooks that make inputs require grad, if checkpointing is on; false, and none removed, if it is reentrant."""
     # Not by attribute access, for which a wrapper would ask its module.
-    states = [vars(module) for wrapper in model.modules() for module in {wrapper, bare(wrapper)}]
+    states = [vars(module) for wrapper in model.modules() for module in {wrapper, base_layer_of(wrapper)}]
     runs = [state["_gradient_checkpointing_func"] for state in states if state.get("gradient_checkpointing") is True]
     if any(getattr(run, "keywords", {}).get("use_reentrant", True) for run in runs):
         return False

@@ -9,9 +9,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..adapter.candidates import plan_wrappers, uses
+from ..adapter.candidates import candidates_of
 from ..adapter.linear import GreenTrainerLinear
-from ..adapter.values import candidate_tensors, layers
+from ..adapter.values import layers
 from ..measuring.low_rank import LowRank
 from ..tensors.forms import LowRankForm, seed_of
 from ..tensors.names import low_rank_form
@@ -21,18 +21,18 @@ def forms_of(model: nn.Module, adapter_name: str) -> LowRank:
     """The low-rank forms that the adapter offers, and those that it has; provisional ones may be gone after a probe."""
     config = model.peft_config[adapter_name]
     form = config.form
-    plan = plan_wrappers(config, model)
-    offered = candidate_tensors(plan, model, config).keys()
+    candidates, wrappers = candidates_of(model, adapter_name), layers(model)
+    offered = set(candidates.names)
     lasting = set() if config.provisional else config.tensors.keys()
     linear, first_factor, frozen = {}, {}, {}
-    for key, _, tensor in uses(plan):
-        layer, candidate = model.get_submodule(key), low_rank_form(tensor)
+    for key, tensor in candidates.uses():
+        layer, candidate = wrappers[key], low_rank_form(tensor)
         if tensor not in offered:
             frozen[layer.base_layer] = tensor
         if candidate in offered and candidate not in lasting:
             linear[candidate] = layer.base_layer
             first_factor[candidate] = partial(_scaled_first_factor, form, layer.in_features, seed_of(candidate))
-    updates = [layer.greentrainer_update for layer in layers(model).values() if hasattr(layer, "greentrainer_update")]
+    updates = [layer.greentrainer_update for layer in wrappers.values() if hasattr(layer, "greentrainer_update")]
     return LowRank(form.rank, linear, tuple(updates), config.provisional, first_factor, frozen)
 
 
