@@ -8,7 +8,7 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any, cast
 
 import torch
@@ -110,7 +110,7 @@ class LayerWithValues(nn.Module, BaseTunerLayer):
             if not selected:
                 value.grad = None
 
-    def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
+    def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
         # peft turns gradients on for an adapter as a whole; only selected values may have them.
         for values in self.greentrainer_values.values():
             for name, value in values.items():
@@ -151,7 +151,7 @@ class LayerWithValues(nn.Module, BaseTunerLayer):
         for adapter in self.active_adapters:
             if adapter in of_adapter:
                 values = of_adapter[adapter]
-                if values.just_loaded or any(self._was_cast(adapter, v) for v in values._parameters.values()):
+                if values.just_loaded or any(self._was_cast(adapter, v) for v in values.values()):
                     return False
         return True
 

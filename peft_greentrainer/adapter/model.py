@@ -13,6 +13,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import TaskType
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from ..tensors.names import base_name, candidates_in, is_low_rank, low_rank_form
 from .candidates import Candidates, drop_candidates, keep_candidates, stop_keeping_candidates
@@ -41,7 +42,10 @@ from .values import add_value, fingerprint_of, layers
 class GreenTrainerTuner(SavedTuner):
     """Wraps the modules that own candidate tensors, saves and loads their values, merges them. It knows nothing of cost."""
 
-    _candidates: Candidates  # of the adapter that is being injected
+    # Of the adapter that is being injected: what it may train, and the modules to wrap for that, by the names that they have
+    # here, with those that they have in the base model.
+    _candidates: Candidates
+    _keys: dict[str, str]
 
     prefix: str = "greentrainer_"
     tuner_layer_cls = GreenTrainerLayer
@@ -95,8 +99,11 @@ class GreenTrainerTuner(SavedTuner):
         heads = TASK_HEADS.get(cast(TaskType, config.task_type), ())
         if heads:
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
-        # peft does this too, but only after `_prepare_model`.
-        return _maybe_include_all_linear_layers(config, self.model)
+        # peft does this too, but only after `_prepare_model`, and by the names that modules have in a compiled model.
+        _maybe_include_all_linear_layers(config, self.model)
+        if isinstance(config.target_modules, set):
+            config.target_modules = set(map(base_name, config.target_modules))
+        return config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         config = cast(GreenTrainerConfig, peft_config)
@@ -106,6 +113,8 @@ class GreenTrainerTuner(SavedTuner):
                 config.frozen = frozen_before(model, found, cast(Iterable[PeftConfig], self.peft_config.values()))
             tell_of_frozen(found, config)
         self._candidates = Candidates.of(found, config)
+        innermost = {base_name(key): key for key, _ in model.named_modules()}  # of what torch.compile puts around it
+        self._keys = {innermost[module]: module for module in self._candidates.owned}
         self._holders = _holders(model)
         refuse_offloaded(model, self._candidates.owned)
         refuse_wrapped_heads(model, config)
@@ -117,15 +126,17 @@ class GreenTrainerTuner(SavedTuner):
             config.provisional = True
         if config.selected is None:
             config.selected = list(config.tensors)
-        self._check_base(config, model)
+        self._take_fingerprints(config, model)
 
-    def _check_base(self, config: GreenTrainerConfig, model: nn.Module) -> None:
-        """Raise `ValueError` if an adapter changes other tensors than this model has; take fingerprints of those it has."""
+    def _take_fingerprints(self, config: GreenTrainerConfig, model: nn.Module) -> None:
+        """Write fingerprints of the base tensors into the config.
+
+        Raise `ValueError` if the adapter changes what is no candidate here, or has fingerprints of another base.
+        """
         names = {other: name for name, tied in self._candidates.tied.items() for other in tied}
-        modules = named_modules(model)
-        tensors = config.tensors or {}
+        known, modules, tensors = set(self._candidates.names), named_modules(model), config.tensors or {}
         for name, expected in tensors.items():
-            if name not in self._candidates.names:
+            if name not in known:
                 reason = f"is tied to {names[name]}" if name in names else "is not a candidate tensor of this model"
                 if is_low_rank(name) and not config.low_rank:
                     raise ValueError(
@@ -139,7 +150,7 @@ class GreenTrainerTuner(SavedTuner):
     def _check_target_module_exists(  # type: ignore[override]  # peft's is static, and asked of the tuner
         self, peft_config: PeftConfig, key: str
     ) -> Any:
-        if base_name(key) in self._candidates.owned:
+        if key in self._keys:
             return True
         matched = matches(cast(GreenTrainerConfig, peft_config), base_name(key))
         # peft wants to see its marker of an excluded module; a module that matches and owns no candidate is no target.
@@ -149,8 +160,9 @@ class GreenTrainerTuner(SavedTuner):
     # through it. `modules_to_save` does untie one.
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        if peft_config.modules_to_save:
-            super()._check_tied_modules(model, dataclasses.replace(peft_config, target_modules=None))
+        config = cast(GreenTrainerConfig, peft_config)
+        if config.modules_to_save:
+            super()._check_tied_modules(model, dataclasses.replace(config, target_modules=None))
 
     def _check_merge_allowed(self) -> None:
         pass
@@ -174,7 +186,7 @@ class GreenTrainerTuner(SavedTuner):
             self._replace_module(parent, target_name, layer, target)
         if isinstance(layer, GreenTrainerLinear):
             layer.low_rank_forms[adapter_name] = config.form
-        key = base_name(current_key)
+        key = self._keys[current_key]
         names = [form for name in self._candidates.owned[key] for form in (name, low_rank_form(name))]
         for name in names:
             if f"{key}.{name}" in (config.tensors or ()):
@@ -199,6 +211,8 @@ class GreenTrainerTuner(SavedTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         for holder, name in self._holders[id(child)]:
             setattr(holder, name, new_module)
+            if isinstance(holder, OptimizedModule):  # which has bound the call of what it compiled
+                holder._initialize()
         self._holders[id(new_module)] = self._holders[id(child)]
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
@@ -219,7 +233,7 @@ class GreenTrainerTuner(SavedTuner):
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
             warn_if_never_selected(self.model, adapter_name)
-        base = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names))  # type: ignore[func-returns-value]
+        base: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)  # type: ignore
         stop_keeping_candidates(base)
         for module in base.modules():
             stop_reading(module)
