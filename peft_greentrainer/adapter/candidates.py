@@ -120,11 +120,6 @@ def keep_candidates(model: nn.Module, adapter_name: str, candidates: Candidates)
     setattr(model, ATTRIBUTE, getattr(model, ATTRIBUTE, {}) | {adapter_name: candidates})
 
 
-def keeps_candidates(model: nn.Module, adapter_name: str) -> bool:
-    """Whether they were kept: the adapter was injected, and not deleted."""
-    return adapter_name in getattr(model, ATTRIBUTE, {})
-
-
 def candidates_of(model: nn.Module, adapter_name: str) -> Candidates:
     """The candidates of an adapter of this base model."""
     return cast(dict[str, Candidates], getattr(model, ATTRIBUTE))[adapter_name]

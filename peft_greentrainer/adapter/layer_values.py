@@ -8,7 +8,7 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence, Set, ValuesView
 from typing import Any, cast
 
 import torch
@@ -151,13 +151,15 @@ class LayerWithValues(nn.Module, BaseTunerLayer):
         for adapter in self.active_adapters:
             if adapter in of_adapter:
                 values = of_adapter[adapter]
-                if values.just_loaded or any(self._was_cast(adapter, v) for v in values.values()):
+                parameters = cast(ValuesView[nn.Parameter], values._parameters.values())
+                if values.just_loaded or any(self._was_cast(adapter, value) for value in parameters):
                     return False
         return True
 
     def _values_by_adapter(self) -> dict[str, Values]:
         # Not through nn.Module's attribute lookup: this runs in every forward pass of every wrapper.
-        return self._modules["greentrainer_values"]._modules  # type: ignore[union-attr, return-value]
+        of_adapters = cast(ValuesOfAdapters, self._modules["greentrainer_values"])
+        return cast(dict[str, Values], of_adapters._modules)
 
     def _was_cast(self, adapter_name: str, value: nn.Parameter) -> bool:
         return value.dtype.itemsize < 4 and value.requires_grad and self._float32_values[adapter_name]

@@ -233,7 +233,8 @@ class GreenTrainerTuner(SavedTuner):
         self._holders = _holders(self.model)
         for adapter_name in self.active_adapters:
             warn_if_never_selected(self.model, adapter_name)
-        base: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)  # type: ignore
+        unload: Callable[..., nn.Module] = super()._unload_and_optionally_merge  # type: ignore[assignment]  # as above
+        base = unload(merge, progressbar, adapter_names=adapter_names)
         stop_keeping_candidates(base)
         for module in base.modules():
             stop_reading(module)

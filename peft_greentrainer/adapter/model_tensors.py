@@ -87,7 +87,8 @@ def find_tensors(model: nn.Module) -> ModelTensors:
                 if name == "weight" and has_low_rank_form(module):
                     linear.add(id(tensor))
     held: dict[int, list[Use]] = defaultdict(list)
-    for key, module in named_modules(model).items():
+    modules = named_modules(model)
+    for key, module in modules.items():
         for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(tensor) in uses and Use(key, name) not in uses[id(tensor)]:
                 held[id(tensor)].append(Use(key, name))
@@ -95,7 +96,7 @@ def find_tensors(model: nn.Module) -> ModelTensors:
         tensors=tuple(ModelTensor(tuple(of), tuple(held[i]), i in linear) for i, of in uses.items()),
         owners=tuple(owners),
         saved=tuple(_names_of_saved(model)),
-        modules=tuple(named_modules(model)),
+        modules=tuple(modules),
     )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..tensors.forms import seed_of
 from ..tensors.names import base_name, is_low_rank, tensor_of
 from ..tensors.trainable import can_be_trained
-from .candidates import Candidates, candidates_of, keeps_candidates
+from .candidates import Candidates, candidates_of
 from .config import GreenTrainerConfig
 from .fingerprint import fingerprint
 from .layer import GreenTrainerLayer
@@ -46,7 +46,7 @@ def config_of(model: nn.Module, adapter_name: str) -> GreenTrainerConfig:
 def candidates(model: nn.Module, config: GreenTrainerConfig) -> list[str]:
     """What an adapter with this config may train: tensors, and low-rank forms of them. It may be injected already or not."""
     for adapter_name, other in getattr(model, "peft_config", {}).items():
-        if other is config and keeps_candidates(model, adapter_name):
+        if other is config:
             return list(candidates_of(model, adapter_name).names)
     return list(Candidates.of(find_tensors(model), config).names)
 

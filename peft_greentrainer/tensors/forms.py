@@ -55,9 +55,10 @@ def has_low_rank_form(module: nn.Module) -> bool:
     The module does what `F.linear` does, and nothing else: an `nn.Linear`, or the `Conv1D` of transformers, whose weight is
     transposed. A subclass with a forward pass of its own is neither.
     """
-    of_transformers = sys.modules.get("transformers.pytorch_utils")  # not imported: then no module is a Conv1D
-    linear = [nn.Linear, *([of_transformers.Conv1D] if of_transformers is not None else [])]
-    return type(module).forward in [cls.forward for cls in linear]
+    forward_of_linear = [nn.Linear.forward]
+    if "transformers.pytorch_utils" in sys.modules:  # else no module is a Conv1D
+        forward_of_linear.append(sys.modules["transformers.pytorch_utils"].Conv1D.forward)
+    return type(module).forward in forward_of_linear
 
 
 class LowRankUpdate(nn.Module):
