@@ -10,7 +10,8 @@
     True
 
 The two are one tensor, and so they stay when it is trained. The module gets a class of its own, in which the tensor is a
-property, as `torch.nn.utils.parametrize` does it.
+property, as `torch.nn.utils.parametrize` does it: the effective tensor is another one at each step, and code reads it as an
+attribute. Other modules of its class stay as they are, and so does the module once it is unloaded.
 """
 
 from __future__ import annotations
