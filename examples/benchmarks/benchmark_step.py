@@ -29,9 +29,9 @@ from torch.profiler import profile as torch_profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_greentrainer import CostGraph, GreenTrainerConfig, profile, select
-from peft_greentrainer.adapter.candidates import plan_wrappers
-from peft_greentrainer.adapter.fingerprint import fingerprint
-from peft_greentrainer.adapter.values import candidate_tensors
+from peft_greentrainer.adapter.candidates import Candidates
+from peft_greentrainer.adapter.model_tensors import find_tensors, named_modules
+from peft_greentrainer.adapter.values import fingerprint_of
 from peft_greentrainer.measuring.recorder import CostRecorder
 
 
@@ -228,8 +228,8 @@ def time_fingerprints_of_7b() -> float:
     model.to_empty(device="cpu")
     config = GreenTrainerConfig()
     start = time.perf_counter()
-    tensors = candidate_tensors(plan_wrappers(config, model), model, config)
-    prints = [fingerprint(tensor, tied) for tensor, tied in tensors.values()]
+    candidates, modules = Candidates.of(find_tensors(model), config), named_modules(model)
+    prints = [fingerprint_of(name, candidates, modules) for name in candidates.names]
     assert len(prints) == 291
     return time.perf_counter() - start
 

@@ -10,6 +10,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..tensors.forms import LowRankForm
+from ..tensors.names import base_name
 
 
 # Layout of adapter_model.safetensors and of the fields below that describe it.
@@ -219,37 +220,10 @@ class GreenTrainerConfig(PeftConfig):
         """How low-rank updates are made."""
         return LowRankForm(self.r, self.low_rank_lr)
 
-    def take_for_a_model(self) -> None:
-        """Forget what belongs to the model that this config was used for before, if it was."""
-        if hasattr(self, "_taken"):
-            self.frozen = self.tensors = self.selected = self.spent = None
-            self.provisional = False
-        self._taken = True
-
-    def refuse_single_rows(self) -> None:
-        """Raise `ValueError` if rows of an embedding are to be trained; trl sets that after the config was made."""
-        if self.trainable_token_indices is not None:
-            raise ValueError(
-                "trainable_token_indices would train single rows of an embedding, and GreenTrainer trains whole tensors: set "
-                "it to None, and train embedding and head as they are with modules_to_save=['embed_tokens', 'lm_head'], by "
-                "the names that they have in your model. If it was set by a trainer of trl, since a chat template adds "
-                "tokens: call trl.clone_chat_template(model, tokenizer, path) yourself, give the trainer the model and the "
-                "tokenizer that it returns, and no chat_template_path."
-            )
-
-    def loaded_again(self) -> bool:
-        """Whether values are loaded into this adapter for a second time, as for going on from a checkpoint."""
-        self._reloaded, self._loaded = hasattr(self, "_loaded"), True
-        return self._reloaded
-
-    def was_reloaded(self) -> bool:
-        """Whether that has happened since this was last asked."""
-        reloaded, self._reloaded = getattr(self, "_reloaded", False), False
-        return reloaded
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType.GREENTRAINER
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]  # peft gives it no types
+        self.peft_type = PeftType("GREENTRAINER")
+        self._was_used: bool = False  # for a model: adapters of several models may be made with one config
         _check(
             "rho", self.rho, _is_number(self.rho) and 0 < self.rho <= 1, "in (0, 1]: the share of a full step's cost"
         )
@@ -272,7 +246,7 @@ class GreenTrainerConfig(PeftConfig):
             if isinstance(patterns, str):
                 _check_expression(name, patterns)
             elif patterns is not None:
-                setattr(self, name, set(patterns))
+                setattr(self, name, set(map(base_name, patterns)))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: set layers_to_transform too.")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -288,6 +262,24 @@ class GreenTrainerConfig(PeftConfig):
             raise ValueError(
                 f"This delta was saved in format {self.format_version}, and this version of peft-greentrainer reads up to "
                 f"{FORMAT_VERSION}: pip install -U peft-greentrainer."
+            )
+
+    def forget_earlier_model(self) -> None:
+        """Forget what belongs to the model that this config was used for before, if it was."""
+        if self._was_used:
+            self.frozen = self.tensors = self.selected = self.spent = None
+            self.provisional = False
+        self._was_used = True
+
+    def refuse_single_rows(self) -> None:
+        """Raise `ValueError` if rows of an embedding are to be trained; trl sets that after the config was made."""
+        if self.trainable_token_indices is not None:
+            raise ValueError(
+                "trainable_token_indices would train single rows of an embedding, and GreenTrainer trains whole tensors: set "
+                "it to None, and train embedding and head as they are with modules_to_save=['embed_tokens', 'lm_head'], by "
+                "the names that they have in your model. If it was set by a trainer of trl, since a chat template adds "
+                "tokens: call trl.clone_chat_template(model, tokenizer, path) yourself, give the trainer the model and the "
+                "tokenizer that it returns, and no chat_template_path."
             )
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 from torch import nn
 
@@ -20,8 +20,11 @@ class EmbeddingView(nn.Module):
     a tuner layer, here only where no value takes their place.
     """
 
+    layer: GreenTrainerLayer
+    _stands_for: tuple[type, type]  # see `same_class`
+
     def __new__(cls, layer: GreenTrainerLayer) -> EmbeddingView:
-        return new_with_class_of(cls, type(layer.base_layer))
+        return cast(EmbeddingView, new_with_class_of(cls, type(layer.base_layer)))
 
     def __init__(self, layer: GreenTrainerLayer) -> None:
         nn.Module.__init__(self)
@@ -32,7 +35,7 @@ class EmbeddingView(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return new_with_class_of, type(self)._stands_for, self.__dict__
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,6 +1,7 @@
 """GreenTrainerLinear: the wrapper of a linear module, whose weight can be trained whole or as a low-rank update.
 
-    >>> layer = wrap(nn.Linear(8, 8), "default", LowRankForm(rank=2, lr=10.0))
+    >>> layer = wrap(nn.Linear(8, 8), "default")
+    >>> layer.low_rank_forms["default"] = LowRankForm(rank=2, lr=10.0)
     >>> layer.add_factors("default", "weight_low_rank")          # two factors, as yet without effect
     >>> layer.set_selected("default", {"weight_low_rank"})       # ... that are being trained
 
@@ -11,18 +12,20 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..tensors.forms import LowRankForm, LowRankUpdate
-from ..tensors.names import candidate_of, factors, is_low_rank, low_rank_form, tensor_of
-from .layer import OF_MODULE, GreenTrainerLayer
+from ..tensors.forms import LowRankForm, LowRankUpdate, has_low_rank_form
+from ..tensors.names import factors, is_low_rank, low_rank_form, tensor_of
+from .layer import GreenTrainerLayer
+from .layer_values import LayerWithValues
+from .stand_in import OF_MODULE
 
 
-FACTORS_OF_WEIGHT = factors(low_rank_form("weight"))
+FIRST, SECOND = factors(low_rank_form("weight"))
 
 
 class GreenTrainerLinear(GreenTrainerLayer):
@@ -32,20 +35,18 @@ class GreenTrainerLinear(GreenTrainerLayer):
     Args:
         base_layer (`nn.Linear` or `Conv1D`): The module to wrap.
         adapter_name (`str`): The name of the first adapter.
-        form ([`LowRankForm`]): How the low-rank updates of that adapter are made.
+
+    Attributes:
+        low_rank_forms: how the low-rank updates of each adapter are made; to be set before one is.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, form: Optional[LowRankForm] = None) -> None:
-        self._forms: dict[str, Optional[LowRankForm]] = {adapter_name: form}
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        self.low_rank_forms: dict[str, LowRankForm] = {}
         self._seeds: dict[str, int] = {}
         super().__init__(base_layer, adapter_name)
 
-    def add_adapter(self, adapter_name: str, form: Optional[LowRankForm] = None) -> None:
-        super().add_adapter(adapter_name)
-        self._forms.setdefault(adapter_name, form)
-
     def delete_adapter(self, adapter_name: str) -> None:
-        self._forms.pop(adapter_name, None)
+        self.low_rank_forms.pop(adapter_name, None)
         self._seeds.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
@@ -53,46 +54,41 @@ class GreenTrainerLinear(GreenTrainerLayer):
         """Create the factors of a low-rank update, frozen: as yet without effect."""
         if not hasattr(self, "greentrainer_update"):
             self._modules["greentrainer_update"] = LowRankUpdate()  # of the wrapper, not of the module
-        form = self._forms[adapter_name]
         self._seeds[adapter_name] = seed
-        first = form.first_factor(self.in_features, seed)
-        second = torch.zeros(self.out_features, form.rank, device="cpu")
-        if not init_weights:
-            second += torch.randn_like(second) * 0.1 / form.lr
-        for name, factor in zip(factors(candidate), (first, second)):
+        for name in factors(candidate):
+            factor = self._first_factor(adapter_name, name)
+            if name == SECOND and not init_weights:
+                factor += torch.randn_like(factor) * 0.1 / self.low_rank_forms[adapter_name].lr
             factor = factor.to(self.base_data("weight").device, self._value_dtype(adapter_name, name))
             self._keep_value(adapter_name, name, factor)
 
-    def drop_value(self, adapter_name: str, tensor: str) -> None:
-        values = self.greentrainer_values[adapter_name]
-        for name in [name for name in values if candidate_of(name) == tensor]:
-            del values[name]
+    def _first_factor(self, adapter_name: str, name: str) -> Tensor:
+        """What a factor is created as: the first one by chance, the second one as zeros."""
+        form = self.low_rank_forms[adapter_name]
+        if name == FIRST:
+            return form.first_factor(cast(int, self.in_features), self._seeds[adapter_name])
+        return torch.zeros(cast(int, self.out_features), form.rank, device="cpu")
 
     def _first_data(self, adapter_name: str, name: str) -> Tensor:
-        if name not in FACTORS_OF_WEIGHT:
-            return super()._first_data(adapter_name, name)
-        form = self._forms[adapter_name]
-        if name == FACTORS_OF_WEIGHT[0]:
-            return form.first_factor(self.in_features, self._seeds[adapter_name])
-        return torch.zeros(self.out_features, form.rank, device="cpu")
+        is_factor = name in (FIRST, SECOND)
+        return self._first_factor(adapter_name, name) if is_factor else super()._first_data(adapter_name, name)
 
     def _create_value(self, adapter_name: str, candidate: str) -> bool:
         if not is_low_rank(candidate):
             return super()._create_value(adapter_name, candidate)
-        form = self._forms[adapter_name]
-        can = tensor_of(candidate) == "weight" and form is not None and form.rank > 0
+        can = tensor_of(candidate) == "weight" and has_low_rank_form(self.base_layer)
         if can:
             self.add_factors(adapter_name, candidate, seed=self._seeds.get(adapter_name, 0))
         return can
 
-    def have_values_of(self, other: GreenTrainerLayer) -> None:
-        self._seeds = dict(other._seeds)
+    def have_values_of(self, other: LayerWithValues) -> None:
+        self._seeds = dict(cast(GreenTrainerLinear, other)._seeds)
         super().have_values_of(other)
 
     def all_factors(self) -> Iterator[nn.Parameter]:
         """The factors of all adapters."""
         for values in self.greentrainer_values.values():
-            yield from (value for name, value in values.items() if name in FACTORS_OF_WEIGHT)
+            yield from (value for name, value in values.items() if name in (FIRST, SECOND))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.merged_adapters or self._disable_adapters:
@@ -109,16 +105,14 @@ class GreenTrainerLinear(GreenTrainerLayer):
         return output
 
     def _updates(self, adapter_names: list[str]) -> Iterator[tuple[Tensor, Tensor, LowRankForm]]:
-        of_adapter = self._modules["greentrainer_values"]._modules
-        first, second = FACTORS_OF_WEIGHT
+        of_adapter = self._values_by_adapter()
         for adapter in adapter_names:
-            values = of_adapter[adapter]._parameters if adapter in of_adapter else ()
-            if first in values:
-                yield values[first], values[second], self._forms[adapter]
+            if adapter in of_adapter and FIRST in of_adapter[adapter]._parameters:
+                yield of_adapter[adapter][FIRST], of_adapter[adapter][SECOND], self.low_rank_forms[adapter]
 
     def _values(self, adapter_names: list[str]) -> dict[str, list[Tensor]]:
         found = super()._values(adapter_names)
-        for name in FACTORS_OF_WEIGHT:
+        for name in (FIRST, SECOND):
             found.pop(name, None)
         return found
 
@@ -144,11 +138,10 @@ class GreenTrainerLinear(GreenTrainerLayer):
         return product.T if isinstance(self.base_layer, Conv1D) else product
 
 
-def wrap(module: nn.Module, adapter_name: str, form: Optional[LowRankForm] = None) -> GreenTrainerLayer:
+def wrap(module: nn.Module, adapter_name: str) -> GreenTrainerLayer:
     """The wrapper for this module."""
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return GreenTrainerLinear(module, adapter_name, form)
-    return GreenTrainerLayer(module, adapter_name)
+    is_linear = isinstance(module, (nn.Linear, Conv1D))  # for peft, whatever its subclass does
+    return (GreenTrainerLinear if is_linear else GreenTrainerLayer)(module, adapter_name)
 
 
 def names_of_both(module: nn.Module) -> list[str]:
@@ -165,8 +158,3 @@ def _names_of_wrappers() -> set[str]:
 
 
 NAMES_OF_WRAPPERS = _names_of_wrappers()
-
-
-def can_be_low_rank(module: nn.Module) -> bool:
-    """Whether this module does what `F.linear` does: only then is an update of its output one of its weight."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)

@@ -22,5 +22,5 @@ class Lock:
     def __exit__(self, *exception: Any) -> None:
         self._lock.release()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Lock, ()

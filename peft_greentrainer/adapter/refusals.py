@@ -12,14 +12,17 @@ from torch import nn
 
 from ..tensors.names import base_name, kind_of
 from ..tensors.trainable import can_be_trained
-from .candidates import plan_wrappers, uses
+from .candidates import Candidates
 from .config import GreenTrainerConfig
 from .layer import GreenTrainerLayer
+from .model_tensors import ModelTensors, named_modules
 
 
 def refuse_offloaded(model: nn.Module, keys: Iterable[str]) -> None:
+    """Raise `ValueError` if accelerate moves the weights of one of these modules in and out."""
+    modules = named_modules(model)
     for key in keys:
-        if getattr(getattr(model.get_submodule(key), "_hf_hook", None), "offload", False):
+        if getattr(getattr(modules[key], "_hf_hook", None), "offload", False):
             raise ValueError(
                 f"The weights of {key} are offloaded by accelerate, which puts them in place for each forward pass and so "
                 "over the trained ones. Load the base model without 'cpu' or 'disk' in its device_map."
@@ -27,6 +30,7 @@ def refuse_offloaded(model: nn.Module, keys: Iterable[str]) -> None:
 
 
 def refuse_wrapped_heads(model: nn.Module, config: GreenTrainerConfig) -> None:
+    """Raise `ValueError` if a module to save was wrapped for an earlier adapter."""
     for key, module in model.named_modules():
         if isinstance(module, GreenTrainerLayer) and any(key.endswith(name) for name in config.modules_to_save or ()):
             raise ValueError(
@@ -36,6 +40,7 @@ def refuse_wrapped_heads(model: nn.Module, config: GreenTrainerConfig) -> None:
 
 
 def tell_of_left_out(reasons: Iterable[str]) -> None:
+    """Warn of tensors that are no candidates for what they are called."""
     if reasons := list(reasons):
         warnings.warn(
             f"{len(reasons)} tensors are no candidates for what they are called, the first of them {reasons[0]}. Rename it to "
@@ -57,6 +62,7 @@ def refuse_replaced(candidates: Iterable[str], wrappers: Mapping[str, GreenTrain
 
 
 def tell_of_quantized(model: nn.Module, candidates: Iterable[str]) -> None:
+    """Warn where tensors of the model are quantized, with the kinds of candidates that are left."""
     parameters = dict(model.named_parameters())
     quantized = [name for name, parameter in parameters.items() if parameter.numel() and not can_be_trained(parameter)]
     if quantized:
@@ -68,27 +74,31 @@ def tell_of_quantized(model: nn.Module, candidates: Iterable[str]) -> None:
         )
 
 
-def note_frozen(model: nn.Module, config: GreenTrainerConfig, configs: Iterable[PeftConfig]) -> None:
-    """Keep in the config of a new adapter which tensors were frozen before the model was wrapped, and say so.
+def frozen_before(model: nn.Module, found: ModelTensors, configs: Iterable[PeftConfig]) -> list[str] | None:
+    """The tensors that did not require grad before the model was wrapped, where others did.
 
-    Where peft has wrapped the model already, all of its base is frozen: what an earlier adapter says counts then.
+    A model that is frozen as a whole says nothing of its parts. Where peft has wrapped it already, all of its base is frozen:
+    what an earlier adapter says counts then.
 
     Args:
         model: the base model.
-        config: that of the new adapter.
+        found: its tensors.
         configs: those of all adapters of the model.
     """
-    if config.frozen is None:
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            config.frozen = next(filter(None, (getattr(other, "frozen", None) for other in configs)), None)
-        else:
-            config.frozen = _frozen(model)
-    if not config.frozen:
-        return
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        return next(filter(None, (getattr(config, "frozen", None) for config in configs)), None)
+    requires_grad = {base_name(name): p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    if not any(requires_grad.values()):
+        return None
+    return [tensor.name for tensor in found.tensors if not requires_grad[tensor.name]] or None
+
+
+def tell_of_frozen(found: ModelTensors, config: GreenTrainerConfig) -> None:
+    """Warn of what was frozen before the model was wrapped: where it is no candidate, and where it is one all the same."""
     without = copy.copy(config)
     without.frozen = None
-    named = dict.fromkeys(name for _, _, name in uses(plan_wrappers(without, model)))
-    frozen = [name for name in config.frozen if name in named]
+    named = Candidates.of(found, without).tied
+    frozen = [name for name in config.frozen or () if name in named]
     if not frozen:
         return
     kinds = ", ".join(dict.fromkeys(map(kind_of, frozen)))
@@ -109,12 +119,3 @@ def note_frozen(model: nn.Module, config: GreenTrainerConfig, configs: Iterable[
             "too, call requires_grad_(True) on them before wrapping, or give target_modules, which may name them."
         )
     warnings.warn(message, stacklevel=2)
-
-
-def _frozen(model: nn.Module) -> list[str] | None:
-    """The tensors that do not require grad, where others do: a model that is frozen as a whole says nothing of its parts."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        return None
-    every = plan_wrappers(GreenTrainerConfig(), model)
-    tensors = {base_name(f"{key}.{name}"): tensor for key, (own, _) in every.items() for name, tensor in own.items()}
-    return [name for name, tensor in tensors.items() if not tensor.requires_grad] or None

@@ -21,7 +21,11 @@ from .layer import GreenTrainerLayer
 
 
 def refuse_resizing(model: nn.Module) -> None:
-    """Let the transformers models in a model refuse to put other embeddings and heads in place of wrapped ones."""
+    """Let the transformers models in a model refuse to put other embeddings and heads in place of wrapped ones.
+
+    Three of their methods are hidden by functions on the instance: transformers would put a new module in place of the
+    wrapper, and what was trained would be lost without a word. Other models, and the classes, stay as they are.
+    """
     for module in model.modules():
         for name, method in _METHODS.items():
             if hasattr(type(module), name):
@@ -30,13 +34,14 @@ def refuse_resizing(model: nn.Module) -> None:
 
 
 def allow_resizing(model: nn.Module) -> None:
+    """Let them do so again, as their classes do."""
     for module in model.modules():
         for name, method in _METHODS.items():
             if getattr(vars(module).get(name), "func", None) is method:
                 del vars(module)[name]
 
 
-def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+def _resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
     rows = _rows_after(model, *args, **kwargs)
     parts = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
     changed = [part for part in parts if len(part.weight) != rows]
@@ -48,7 +53,7 @@ def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> nn.
 
 
 def _rows_after(
-    model: nn.Module,
+    model: Any,
     new_num_tokens: Optional[int] = None,
     pad_to_multiple_of: Optional[int] = None,
     *_: Any,
@@ -58,12 +63,12 @@ def _rows_after(
     return rows if pad_to_multiple_of is None else -(-rows // pad_to_multiple_of) * pad_to_multiple_of
 
 
-def _set_input_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+def _set_input_embeddings(model: Any, *args: Any, **kwargs: Any) -> None:
     if not _is_kept("set_input_embeddings", model, model.get_input_embeddings(), *args, *kwargs.values()):
         type(model).set_input_embeddings(model, *args, **kwargs)
 
 
-def _set_output_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+def _set_output_embeddings(model: Any, *args: Any, **kwargs: Any) -> None:
     if not _is_kept("set_output_embeddings", model, model.get_output_embeddings(), *args, *kwargs.values()):
         type(model).set_output_embeddings(model, *args, **kwargs)
 
@@ -82,7 +87,7 @@ def _is_wrapped(part: Optional[nn.Module]) -> bool:
     return isinstance(part, (GreenTrainerLayer, AuxiliaryTrainingWrapper))
 
 
-def _refuse_wrapped(method: str, model: nn.Module, parts: list[nn.Module]) -> None:
+def _refuse_wrapped(method: str, model: nn.Module, parts: list[nn.Module | None]) -> None:
     wrapped = list(filter(_is_wrapped, parts))
     names = [name for name, module in model.named_modules() if any(module is part for part in wrapped)]
     if names:

@@ -24,7 +24,7 @@ from torch import nn
 _OF_CLASSES = {"__abstractmethods__", "__annotations__", "__orig_bases__", "__parameters__", "__slots__", "_abc_impl"}
 _OF_CLASSES |= {*vars(type("", (), {}))}
 # What Python would ask the module's class for before `object`, and has to do for the wrapper.
-_OF_OBJECTS = {"__getattribute__": object.__getattribute__, "__del__": lambda self: None}
+_OF_OBJECTS: dict[str, Any] = {"__getattribute__": object.__getattribute__, "__del__": lambda self: None}
 _OF_OBJECTS |= {"__copy__": None, "__deepcopy__": None}
 
 
@@ -39,9 +39,9 @@ class _SecondClass(ABCMeta):
 
 
 @functools.cache
-def with_class_of(own: type, of_module: type) -> type:
+def with_class_of(own: type, of_module: type) -> Any:
     """The subclass of `own` that is one of `of_module` too."""
-    meta = _SecondClass
+    meta: type = _SecondClass
     if not issubclass(meta, type(of_module)):
         meta = type(meta.__name__, (meta, type(of_module)), {})
     namespace: dict[str, Any] = {"__module__": own.__module__, "__doc__": own.__doc__, "_stands_for": (own, of_module)}
@@ -75,6 +75,8 @@ class Inside(nn.Module):
     What its class has is found on the wrapper. If it were found on both, whoever sums over all modules would count twice.
     """
 
+    _module: weakref.ref[nn.Module]
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         of_all = (vars(self).keys() & vars(module).keys()) - {"_modules"}
@@ -82,12 +84,18 @@ class Inside(nn.Module):
 
     @property
     def training(self) -> bool:
-        return self._module().training
+        return self._wrapped.training
 
     @training.setter
     def training(self, mode: bool) -> None:
         if "_module" in self.__dict__:  # not yet, in `nn.Module.__init__`
-            self._module().training = mode
+            self._wrapped.training = mode
+
+    @property
+    def _wrapped(self) -> nn.Module:
+        module = self._module()
+        assert module is not None  # the wrapper has it, and who sees this has found it there
+        return module
 
 
 _insides: weakref.WeakKeyDictionary[nn.Module, Inside] = weakref.WeakKeyDictionary()

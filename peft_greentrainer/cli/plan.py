@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,10 +24,11 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from ..adapter.candidates import Candidates
 from ..adapter.config import GreenTrainerConfig
-from ..adapter.values import candidates
+from ..adapter.model_tensors import find_tensors
 from ..measuring.profile import profile
 from ..planning.graph import CostGraph
 from ..planning.selection import select
@@ -129,14 +130,14 @@ class Plan:
             ValueError: a pattern that matches nothing; rho outside (0, 1]; a batch that gives no loss.
         """
         config = GreenTrainerConfig(rho=rho, target_modules=include, exclude_modules=exclude)
-        config = _maybe_include_all_linear_layers(config, model)
-        graph = profile(model, batch, candidates=candidates(model, config))
+        _maybe_include_all_linear_layers(config, model)  # writes them into the config
+        graph = profile(model, batch, candidates=Candidates.of(find_tensors(model), config).names)
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         budgets = {r: _most_weights(graph, sizes, r) for r in sorted({*RHOS, rho})}
 
         total, item = sum(sizes.values()), dtype.itemsize
         lora_ratio, lora_weights = _lora(model, batch, graph)
-        trained = budgets[rho].weights if budgets[rho] is not None else None
+        bought = budgets[rho]
         own = graph.needs.sum(axis=0) == 1
         return cls(
             rho=rho,
@@ -154,7 +155,7 @@ class Plan:
             memory={
                 "full": Memory(total * item, total * item, 2 * total * item),
                 "LoRA": _with_trained(total * item, lora_weights, item),
-                "rho": _with_trained(total * item, trained, item),
+                "rho": _with_trained(total * item, bought.weights if bought else None, item),
             },
         )
 
@@ -163,7 +164,7 @@ class Plan:
         return asdict(self)
 
 
-def empty_model(source: str) -> nn.Module:
+def empty_model(source: str) -> PreTrainedModel:
     """The model of a Hub id, a folder or a `config.json`, on the meta device.
 
     Raises `OSError` where there is no configuration, as transformers does.
@@ -178,10 +179,11 @@ def empty_model(source: str) -> nn.Module:
         make = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config
     with torch.device("meta"):
         # Masks of the other kernels, and grouped products in float32, are not to be had without values.
-        return make(config, attn_implementation="eager").to(torch.bfloat16)
+        model: PreTrainedModel = make(config, attn_implementation="eager").to(torch.bfloat16)
+        return model
 
 
-def empty_batch(model: nn.Module, batch_size: int, seq_len: int, target_len: int | None = None) -> dict[str, Tensor]:
+def empty_batch(model: Any, batch_size: int, seq_len: int, target_len: int | None = None) -> dict[str, Tensor]:
     """A batch on the meta device, with labels for the head that the model has.
 
     Args:
@@ -221,7 +223,7 @@ def _layer(name: str) -> str:
     return found[0] if found else name
 
 
-def _grouped(graph: CostGraph, sizes: Mapping[str, int], group_of) -> dict[str, Group]:
+def _grouped(graph: CostGraph, sizes: Mapping[str, int], group_of: Callable[[str], str]) -> dict[str, Group]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in graph.tensors:
         groups[group_of(name)].append(name)
@@ -252,7 +254,7 @@ def _most_weights(graph: CostGraph, sizes: Mapping[str, int], rho: float) -> Bud
 def _lora(model: nn.Module, batch: Mapping[str, Tensor], graph: CostGraph) -> tuple[float | None, int | None]:
     """FLOPs of a LoRA step over those of full fine-tuning, and the number of LoRA weights. The model is left wrapped."""
     try:
-        wrapped = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear")).base_model.model
+        wrapped = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear")).get_base_model()
         sizes = {name: p.numel() for name, p in wrapped.named_parameters() if ".lora_" in name}
         lora_graph = profile(wrapped, batch, candidates=sizes)
     except (ValueError, RuntimeError):  # peft has none for Mamba, and its fused experts do not run on the meta device

@@ -45,11 +45,11 @@ def lines_of(plan: Plan) -> Iterator[str]:
 
     yield ""
     yield f"{'GB, activations not included':34}{'weights':>9}{'gradients':>11}{'AdamW':>8}{'in all':>8}{'FLOPs':>9}"
-    ratio = plan.budgets[plan.rho].ratio if plan.budgets[plan.rho] is not None else None
+    asked_for = plan.budgets[plan.rho]
     for name, memory, share in [
         ("full fine-tuning", plan.memory["full"], 1.0),
         (f"LoRA, rank {LORA_RANK}, all linear layers", plan.memory["LoRA"], plan.lora_ratio),
-        (f"rho {plan.rho}, the most weights", plan.memory["rho"], ratio),
+        (f"rho {plan.rho}, the most weights", plan.memory["rho"], asked_for and asked_for.ratio),
     ]:
         if memory is not None:
             yield f"  {name:32}{_gigabytes(memory)}{share:9.4f}"

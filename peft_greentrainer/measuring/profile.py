@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..planning.graph import CostGraph
+from ..tensors.forms import has_low_rank_form
 from ..tensors.names import low_rank_form
 from ..tensors.trainable import can_be_trained
 from .low_rank import LowRankForms
@@ -44,7 +45,7 @@ def profile(
         loss_fn: `loss_fn(output, batch)` gives the scalar loss, where the model's output has no `.loss`.
         candidates: names of parameters that may be selected; default: every floating-point parameter. The others
             still count in the cost of full fine-tuning.
-        r: offer every weight of an `nn.Linear` as a low-rank update of this rank too, as the candidate
+        r: offer every weight of a linear module (`nn.Linear`, and `Conv1D` of transformers) as a low-rank update of this rank too, as the candidate
             `low_rank_form(name)`; None: whole tensors only. Not in seconds.
         unit: "flops", or "seconds" to time every operation, in a few passes; see `peft_greentrainer.measuring.seconds`.
         optimizer: for seconds, the optimizer whose pass over each trained tensor is added; default: `torch.optim.AdamW`.
@@ -56,7 +57,7 @@ def profile(
     linear = {
         low_rank_form(f"{key}.weight"): module
         for key, module in model.named_modules()
-        if type(module).forward is nn.Linear.forward and f"{key}.weight" in parameters
+        if has_low_rank_form(module) and f"{key}.weight" in parameters
     }
 
     def loss() -> Tensor:

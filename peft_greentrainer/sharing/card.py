@@ -14,6 +14,7 @@ from typing import Optional
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapter.config import GreenTrainerConfig
@@ -46,7 +47,7 @@ def describe(model: PeftModel, output_dir: str) -> None:
     card.save(path)
 
 
-def _usage(base, base_id: Optional[str]) -> str:
+def _usage(base: nn.Module, base_id: Optional[str]) -> str:
     lines = ["import peft_greentrainer  # pip install peft-greentrainer", "from peft import PeftModel"]
     if isinstance(base, PreTrainedModel):
         cls = type(base).__name__

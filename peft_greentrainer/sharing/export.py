@@ -20,7 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapter.values import layers
+from ..adapter.values import config_of, layers
 from ..tensors.names import PREFIX, VALUES
 
 
@@ -53,7 +53,7 @@ def convert_to_lora(model: nn.Module, rank: Union[int, float], adapter_name: str
     """
     if not (isinstance(rank, int) and rank >= 1 or isinstance(rank, float) and 0 < rank <= 1):
         raise ValueError(f"rank must be a number from 1, or a share in (0, 1]; got {rank!r}.")
-    config = model.peft_config[adapter_name]
+    config = config_of(model, adapter_name)
     state_dict, ranks, left_out = {}, {}, []
     for key, layer in layers(model).items():
         for tensor in layer.changed_tensors(adapter_name):
@@ -69,7 +69,7 @@ def convert_to_lora(model: nn.Module, rank: Union[int, float], adapter_name: str
     lora_config = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
-        target_modules=set(ranks),
+        target_modules=list(ranks),
         rank_pattern=ranks,
         alpha_pattern=dict(ranks),
         modules_to_save=config.modules_to_save,
@@ -80,7 +80,7 @@ def convert_to_lora(model: nn.Module, rank: Union[int, float], adapter_name: str
 
 
 def save_as_lora(
-    path: Union[str, os.PathLike], model: nn.Module, rank: Union[int, float], adapter_name: str = "default"
+    path: Union[str, os.PathLike[str]], model: nn.Module, rank: Union[int, float], adapter_name: str = "default"
 ) -> list[str]:
     """
     Save the result of [`convert_to_lora`], to be loaded by peft alone, and return the names of what was left out.

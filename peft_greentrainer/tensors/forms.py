@@ -15,6 +15,7 @@ gradient too: there the learning rate is multiplied by `lr` twice.)
 from __future__ import annotations
 
 import math
+import sys
 import zlib
 from dataclasses import dataclass
 
@@ -43,6 +44,21 @@ class LowRankForm:
         bound = 1 / (math.sqrt(in_features) * self.lr)
         factor = torch.empty(self.rank, in_features, device="cpu")
         return factor.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+
+
+def has_low_rank_form(module: nn.Module) -> bool:
+    """Whether the weight of a module has a low-rank form: an update of the module's output is then one of its weight.
+
+        >>> has_low_rank_form(nn.Linear(2, 2)), has_low_rank_form(nn.Embedding(2, 2))
+        (True, False)
+
+    The module does what `F.linear` does, and nothing else: an `nn.Linear`, or the `Conv1D` of transformers, whose weight is
+    transposed. A subclass with a forward pass of its own is neither.
+    """
+    forward_of_linear = [nn.Linear.forward]
+    if "transformers.pytorch_utils" in sys.modules:  # else no module is a Conv1D
+        forward_of_linear.append(sys.modules["transformers.pytorch_utils"].Conv1D.forward)
+    return type(module).forward in forward_of_linear
 
 
 class LowRankUpdate(nn.Module):

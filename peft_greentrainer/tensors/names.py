@@ -23,13 +23,16 @@ PREFIX = "base_model.model."
 # Before the names of what is trained around a base model: no name in a base model begins with it.
 OUTSIDE = "(outside)."
 
+# Modules that torch.compile and FSDP1 put around another, which is then called so.
+PUT_BETWEEN = ("_orig_mod", "_fsdp_wrapped_module")
+
 LOW_RANK = "_low_rank"
 FACTORS = ("_A", "_B")
 
 
 def base_name(name: str) -> str:
     """The name of a module or a tensor in the base model, without what torch.compile and FSDP1 put into it."""
-    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+    return ".".join(part for part in name.split(".") if part not in PUT_BETWEEN)
 
 
 def kind_of(name: str) -> str:

@@ -15,9 +15,11 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..adapter.candidates import candidates_of
 from ..adapter.config import GreenTrainerConfig
 from ..adapter.refusals import refuse_replaced
-from ..adapter.values import candidates, follow_layers, layers, selected_values, set_selection, set_trainable
+from ..adapter.save_and_load import follow_layers
+from ..adapter.values import layers, selected_values, set_selection
 from ..measuring.importance import is_known, unwrapped
 from ..measuring.probe import Probe
 from ..planning.graph import CostGraph
@@ -93,7 +95,7 @@ class Allocator:
         setup = self._setup(optimizer, group_of)
         self._keep_saving()
         self._settle()
-        set_trainable(self.model, adapter_name, config.selected or ())
+        set_selection(self.model, adapter_name, config.selected or (), config.provisional)
         rebuild_reducers(self.model)
         if self.selection is None and self._probe is None:
             self._arm(adapter_name, config, setup)
@@ -143,8 +145,6 @@ class Allocator:
         setup = self._setup(optimizer, group_of)
         self._warn_of_unmoved()
         self._keep_saving()
-        if config.was_reloaded():
-            set_trainable(self.model, adapter_name, config.selected or ())
         cost = self._cost_of_step()
         schedule = Schedule.from_setting(config.reselect)
         reached = schedule.count(step, epoch)
@@ -223,7 +223,7 @@ class Allocator:
     def _place(self, adapter_name: str, config: GreenTrainerConfig, setup: OptimizerSetup) -> Placement:
         """Find the group of each tensor, and name the candidates that have none."""
         placement = find_placement(setup, self.model, adapter_name)
-        offered = candidates(self.model, config)
+        offered = candidates_of(self.model, adapter_name).names
         self._left_out = frozenset(name for name in offered if tensor_of(name) in placement.left_out)
         if len(self._left_out) == len(offered):
             raise ValueError(f"No candidate can be trained: {placement.why_left_out(self._left_out)}")
@@ -253,7 +253,7 @@ class Allocator:
         probe.end_turn()
         if probe.turns == self._turns_before:
             self._warn_once(NOT_SEEN)
-        own = set(candidates(self.model, config))
+        own = set(candidates_of(self.model, adapter_name).names)
         if not all(gather(probe.complete)):
             offered = (own | set(probe.trained())) - self._left_out
             if config.unit == "seconds" or not everything_is_chosen(probe, offered, config.rho):
@@ -270,7 +270,7 @@ class Allocator:
     def _select(self, probe: Probe, adapter_name: str, config: GreenTrainerConfig, setup: OptimizerSetup) -> bool:
         """Train what the probe tells to train; whether it told anything."""
         probe.disarm()
-        own = set(candidates(self.model, config))
+        own = set(candidates_of(self.model, adapter_name).names)
         always = {name for name in probe.trained() if candidate_of(name) not in own}
         placement = self._place(adapter_name, config, setup)  # groups may have changed since the probe began
         own -= self._left_out

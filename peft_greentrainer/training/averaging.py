@@ -18,7 +18,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..adapter.layer import GreenTrainerLayer
-from ..adapter.values import follow_layers, layers
+from ..adapter.save_and_load import follow_layers
+from ..adapter.values import layers
 from .loading import is_followed
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..adapter.layer import bare
+from ..adapter.layer import base_layer_of
 
 
 REENTRANT = (
@@ -47,5 +47,5 @@ def remove_input_hooks(model: nn.Module) -> None:
 def _states(model: nn.Module) -> Iterator[dict[str, Any]]:
     """The attributes of every module. Not by attribute access, for which a wrapper would ask its module."""
     for wrapper in model.modules():
-        for module in {wrapper, bare(wrapper)}:
+        for module in {wrapper, base_layer_of(wrapper)}:
             yield vars(module)

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapter.save_and_load import follow_layers
 from ..adapter.state import EXTRA_STATE
-from ..adapter.values import follow_layers, layers
+from ..adapter.values import layers
 from .param_groups import Group, keep_in_step
 from .placement import OptimizerSetup, find_placement
 

@@ -1,6 +1,6 @@
 """The low-rank forms of a wrapped model, as a probe needs them.
 
->>> Probe(base, parameters, measure=measure, forms=low_rank_forms(base, config))
+>>> Probe(base, parameters, measure=measure, forms=low_rank_forms(base, "default"))
 """
 
 from __future__ import annotations
@@ -11,33 +11,34 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter.candidates import plan_wrappers, uses
+from ..adapter.candidates import candidates_of
 from ..adapter.config import GreenTrainerConfig
 from ..adapter.linear import GreenTrainerLinear
-from ..adapter.values import candidate_tensors, layers
+from ..adapter.values import layers
 from ..measuring.low_rank import LowRankForms
 from ..tensors.forms import LowRankForm, seed_of
 from ..tensors.names import low_rank_form
 
 
-def low_rank_forms(model: nn.Module, config: GreenTrainerConfig) -> LowRankForms:
+def low_rank_forms(model: nn.Module, adapter_name: str) -> LowRankForms:
     """The low-rank forms that the adapter offers, and those that it has; provisional ones may be gone after a probe."""
+    config: GreenTrainerConfig = model.peft_config[adapter_name]
     form = config.form
-    plan = plan_wrappers(config, model)
-    offered = candidate_tensors(plan, model, config).keys()
+    candidates, wrappers = candidates_of(model, adapter_name), layers(model)
+    offered = set(candidates.names)
     lasting = set() if config.provisional else set(config.tensors or ())
     linear: dict[str, nn.Module] = {}
     first_factor: dict[str, Callable[[], Tensor]] = {}
     frozen: dict[nn.Module, str] = {}
-    for key, _, tensor in uses(plan):
-        layer: Any = model.get_submodule(key)  # each of them is wrapped
+    for key, tensor in candidates.uses():
+        layer: Any = wrappers[key]
         candidate = low_rank_form(tensor)
         if tensor not in offered:
             frozen[layer.base_layer] = tensor
         if candidate in offered and candidate not in lasting:
             linear[candidate] = layer.base_layer
             first_factor[candidate] = partial(_scaled_first_factor, form, layer.in_features, seed_of(candidate))
-    updates = [layer.greentrainer_update for layer in layers(model).values() if hasattr(layer, "greentrainer_update")]
+    updates = [layer.greentrainer_update for layer in wrappers.values() if hasattr(layer, "greentrainer_update")]
     return LowRankForms(form.rank, linear, tuple(updates), config.provisional, first_factor, frozen)
 
 

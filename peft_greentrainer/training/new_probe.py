@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..adapter.candidates import candidates_of
 from ..adapter.config import GreenTrainerConfig
-from ..adapter.values import candidates, parameters_in_use
+from ..adapter.values import parameters_in_use
 from ..measuring.importance import CrossBatch, Measure, SameBatch, update_rule
 from ..measuring.low_rank import LowRankForms
 from ..measuring.outer_parameters import outer_parameters
@@ -41,10 +42,10 @@ def new_probe(
     measure: Measure = SameBatch(rule, rates, rules)
     batches, forms = config.importance_batches, LowRankForms()
     if config.low_rank:  # each batch judges what was made from the one before
-        forms = low_rank_forms(model, config)
+        forms = low_rank_forms(model, adapter_name)
         without_gradient = set(forms.frozen.values())
         parameters = {name: p for name, p in parameters.items() if name not in without_gradient}
-        measure = CrossBatch(rule, rates, set(candidates(model, config)), rules)
+        measure = CrossBatch(rule, rates, set(candidates_of(model, adapter_name).names), rules)
         batches += 1
     return Probe(
         model,

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Adafactor
+from transformers.pytorch_utils import Conv1D
 
 from peft_greentrainer import GreenTrainerConfig, convert_to_lora, export_tensors, profile, select
 from peft_greentrainer.adapter.values import candidates, layers
@@ -33,8 +34,9 @@ class Updated(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.linear = linear
-        self.A = nn.Parameter(torch.randn(RANK, linear.in_features))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, RANK))
+        is_conv1d = isinstance(linear, Conv1D)
+        self.A = nn.Parameter(torch.randn(RANK, linear.nx if is_conv1d else linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.nf if is_conv1d else linear.out_features, RANK))
 
     def forward(self, x):
         return self.linear(x) + nn.functional.linear(nn.functional.linear(x, self.A), self.B)
@@ -76,6 +78,25 @@ def test_flops_of_random_forms_are_exact(kind):
         assert graph.flops(subset) == counted(model, batch, subset)
         bound = graph.forward_flops + graph.costs @ graph.bounded_needs[graph.rows(subset)].any(axis=0)
         assert graph.flops(subset) <= bound
+
+
+def test_the_same_tensors_have_a_low_rank_form_for_a_profile_and_for_an_adapter():
+    """GPT-2 has transposed weights; a subclass with a forward pass of its own has no form, whatever it computes."""
+
+    class Twice(Conv1D):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def forms(other_forward):
+        model, config = make_model("gpt2"), GreenTrainerConfig(low_rank="also")
+        if other_forward:
+            model.transformer.h[0].mlp.c_fc.__class__ = Twice
+        of_profile = set(filter(is_low_rank, profile(model, make_batch("gpt2"), r=RANK).tensors))
+        adapted = set(filter(is_low_rank, candidates(get_peft_model(model, config).get_base_model(), config)))
+        assert adapted == of_profile
+        return adapted
+
+    assert forms(False) - forms(True) == {"transformer.h.0.mlp.c_fc.weight_low_rank"}
 
 
 def run(kind="llama", steps=6, lr=1e-2, **options):
