@@ -1,5 +1,6 @@
 """What a reader of the repository relies on: the public names, the README's commands."""
 
+import ast
 import re
 from dataclasses import fields
 from importlib.metadata import entry_points
@@ -68,3 +69,11 @@ def test_the_plan_in_the_readme_is_what_the_script_prints(monkeypatch, capsys):
     script.load()(command.split()[1:])
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in printed.splitlines() if line != "  ..." and line not in lines] == []
+
+
+def test_tests_import_neither_tests_nor_benchmarks():
+    for file in (ROOT / "tests").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        assert not [name for name in modules if name.startswith(("test_", "tests", "benchmark"))], file
