@@ -48,8 +48,8 @@ _waiting: weakref.WeakKeyDictionary[nn.Module, list[_Before]] = weakref.WeakKeyD
 def follow_loading(model: nn.Module) -> None:
     """Let config and optimizers follow whatever is loaded into this base model. Doing so again is harmless."""
     if not is_followed(model):
-        model.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]  # torch gives no types
-        model.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(_before_loading)
+        model.register_load_state_dict_post_hook(_after_loading)
 
 
 def is_followed(model: nn.Module) -> bool:

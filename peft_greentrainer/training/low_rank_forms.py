@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter.candidates import candidates_of
-from ..adapter.config import GreenTrainerConfig
 from ..adapter.linear import GreenTrainerLinear
-from ..adapter.values import layers
+from ..adapter.values import config_of, layers
 from ..measuring.low_rank import LowRankForms
 from ..tensors.forms import LowRankForm, seed_of
 from ..tensors.names import low_rank_form
@@ -22,7 +21,7 @@ from ..tensors.names import low_rank_form
 
 def low_rank_forms(model: nn.Module, adapter_name: str) -> LowRankForms:
     """The low-rank forms that the adapter offers, and those that it has; provisional ones may be gone after a probe."""
-    config: GreenTrainerConfig = model.peft_config[adapter_name]
+    config = config_of(model, adapter_name)
     form = config.form
     candidates, wrappers = candidates_of(model, adapter_name), layers(model)
     offered = set(candidates.names)

@@ -51,7 +51,7 @@ def record_steps() -> None:
     """
     global _handle
     if _handle is None:
-        hook = torch.compiler.disable(_record)  # type: ignore[no-untyped-call]  # torch gives it no types
+        hook = torch.compiler.disable(_record)
         _handle = register_optimizer_step_post_hook(hook)
 
 

@@ -67,7 +67,7 @@ def _rebuild_reducer(ddp: Any) -> None:
         ddp.reducer._set_static_graph()
         ddp.logger._set_static_graph()
     if ddp.mixed_precision is not None:
-        _setup_mixed_precision_params(ddp.mixed_precision, ddp.module)  # type: ignore[no-untyped-call]  # torch's own
+        _setup_mixed_precision_params(ddp.mixed_precision, ddp.module)
         ddp.reducer._set_mixed_precision_param_dtype(ddp.mixed_precision.param_dtype)
     if any(hasattr(p, "_in_backward_optimizers") for p in ddp._module_parameters):
         ddp.reducer._set_optimizer_in_backward()
