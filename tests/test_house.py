@@ -90,3 +90,38 @@ def test_planning_and_measuring_work_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "'1.weight'" in done.stdout, done.stderr
+
+
+IMPORTED = """
+import torch, peft, transformers, accelerate
+from torch.optim.swa_utils import AveragedModel
+from torch.nn.parallel import DistributedDataParallel
+
+def found():
+    owners = [torch.autograd, torch.optim.Optimizer, torch.nn.Module, torch.Tensor, torch.nn.Parameter, AveragedModel]
+    owners += [DistributedDataParallel, peft.PeftModel, peft.tuners.tuners_utils.BaseTuner, transformers.Trainer]
+    owners += [transformers.PreTrainedModel, accelerate.Accelerator]
+    return {f"{owner.__name__}.{name}": value for owner in owners for name, value in list(vars(owner).items())}
+
+found()  # some are made when they are asked for
+before = found()
+import peft_greentrainer
+after = found()
+print(sorted(name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)))
+"""
+
+
+def test_importing_changes_the_methods_that_are_listed_and_no_others():
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True)
+    changed = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    text = (PACKAGE.parent / "examples" / "README.md").read_text()
+    listed = text.partition("Importing the package registers")[2].partition("While a model is trained")[0]
+    assert changed == {name for name in changed if f"`{name}`" in listed} and len(changed) == 4, done.stderr
+
+
+def test_what_is_listed_is_where_it_is_said():
+    text = (PACKAGE.parent / "examples" / "README.md").read_text().partition("## What it changes in others")[2]
+    for row in text.splitlines():
+        if row.startswith("| ") and not row.startswith("| what"):
+            *_, where, test, _ = (cell.strip(" `") for cell in row.split("|"))
+            assert (PACKAGE / where).exists() and (PACKAGE.parent / test).exists()

@@ -41,6 +41,9 @@ def test_the_config_table_says_what_the_config_does():
         assert meaning.replace("`", "").replace('"', "'") in helps[field], field
     own = {field.name for field in fields(config)} - {field.name for field in fields(PeftConfig)}
     kept_by_the_adapter = {name for name in own if "Kept by the adapter" in helps[name]}
+    described = " ".join(GreenTrainerConfig.__doc__.replace("`", "").replace('"', "'").split())
+    for field in own - kept_by_the_adapter:
+        assert f": {helps[field]} " in f"{described} ", field
     assert {field for field, *_ in table} == own - kept_by_the_adapter - {"trainable_token_indices", "init_weights"}
 
 

@@ -28,12 +28,14 @@ class GreenTrainerConfig(PeftConfig):
 
     Args:
         rho (`float`):
-            The budget: FLOPs of a training step over those of full fine-tuning, both with their forward pass. In
-            (0, 1]; 1.0 trains every candidate.
+            The budget: FLOPs of a training step over those of full fine-tuning, both with their forward pass. In (0,
+            1]; 1.0 trains every candidate.
         unit (`str`):
-            What `rho` is a share of: `"flops"`, or `"seconds"`, for which operations are timed before each selection.
+            What `rho` is a share of: `"flops"`, or `"seconds"`, for which the operations of a few passes of their own
+            are timed before each selection.
         reselect (`Union[int, str]`):
-            When to choose the tensors again: after this many steps, `"epoch"` for every epoch, or `"once"`.
+            When to choose the tensors again: after this many steps, `"epoch"` for every epoch, or `"once"`. The
+            default is about the interval of the paper (two epochs of 498 steps).
         importance_batches (`int`):
             Over how many batches (forward and backward passes) the importance of a tensor is averaged.
         probe_batch_size (`int`, *optional*):
@@ -41,29 +43,32 @@ class GreenTrainerConfig(PeftConfig):
             the memory of the budgeted step but not of a full one. Inputs whose rows do not correspond to those of the
             batch, such as the patches of all its images, are refused.
         low_rank (`Union[bool, str]`):
-            `False`: whole tensors only, as in the paper. `"also"`: offer every linear tensor in two forms, of which one is
-            selected at most: whole, or as a low-rank update of the rank `r`, as in LoRA. `"only"`: linear tensors as
-            low-rank updates only, and those that are tied not at all. With low-rank forms importance is that of the update
-            from one batch on the next, so that a probe takes one batch more.
+            `False`: whole tensors only, as in the paper. `"also"`: offer every linear tensor in two forms, of which
+            one is selected at most: whole, or as a low-rank update of the rank `r`, as in LoRA. `"only"`: linear
+            tensors as low-rank updates only, and those that are tied not at all. With low-rank forms importance is
+            that of the update from one batch on the next, so that a probe takes one batch more.
         r (`int`):
             The rank of low-rank updates.
         low_rank_lr (`float`):
             The learning rate of low-rank updates, as a multiple of the optimizer's. It is part of what was saved: the
             factors in the file are stored in its terms.
         target_modules (`Union[list[str], str]`, *optional*):
-            The modules whose tensors may be trained: a list of names or a regular expression. Default: every module
-            that owns floating-point parameters, without the tensors that did not require grad before the model was
-            wrapped, unless none did.
+            The modules whose tensors may be trained: a list of module names or a regular expression. Default: every
+            module that owns floating-point parameters, without the tensors that did not require grad before the model
+            was wrapped, unless none did.
         exclude_modules (`Union[list[str], str]`, *optional*):
-            The modules whose tensors may not be trained. They still count in the cost of full fine-tuning.
+            The modules whose tensors may not be trained: a list of module names or a regular expression. They still
+            count in the cost of full fine-tuning.
         layers_to_transform (`Union[list[int], int]`, *optional*):
-            The layers whose tensors may be trained, by number; not where `target_modules` is a regular expression.
+            The layers whose tensors may be trained, by number. Not where `target_modules` is a regular expression.
         layers_pattern (`Union[list[str], str]`, *optional*):
-            The name of the list of layers that `layers_to_transform` counts in, such as `"layers"` or `"h"`.
+            The name of the list of layers that `layers_to_transform` counts in, such as `"layers"` or `"h"`. Only
+            works with `layers_to_transform`.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained and saved in any case, such as a new head. They count in the budget.
         trainable_token_indices:
-            None: single rows of an embedding are not trained. trl's trainers look for it, where a chat template adds tokens.
+            None: single rows of an embedding are not trained; put the embedding into `modules_to_save`. trl's trainers
+            look for it, where a chat template adds tokens.
         init_weights (`bool`):
             Whether trained values start at the base tensors. `False` moves them a little, for tests only.
         format_version, frozen, tensors, selected, provisional, spent:
@@ -75,8 +80,8 @@ class GreenTrainerConfig(PeftConfig):
         default=0.5,
         metadata={
             "help": (
-                "The budget: FLOPs of a training step over those of full fine-tuning, both with their forward pass. In "
-                "(0, 1]; 1.0 trains every candidate."
+                "The budget: FLOPs of a training step over those of full fine-tuning, both with their forward "
+                "pass. In (0, 1]; 1.0 trains every candidate."
             )
         },
     )
@@ -84,8 +89,8 @@ class GreenTrainerConfig(PeftConfig):
         default="flops",
         metadata={
             "help": (
-                "What rho is a share of: 'flops', or 'seconds', for which every operation of a few passes of their own "
-                "is timed before each selection."
+                "What rho is a share of: 'flops', or 'seconds', for which the operations of a few passes of their "
+                "own are timed before each selection."
             )
         },
     )
@@ -101,15 +106,16 @@ class GreenTrainerConfig(PeftConfig):
     importance_batches: int = field(
         default=1,
         metadata={
-            "help": "Over how many batches (forward and backward passes) the importance of a tensor is averaged."
+            "help": ("Over how many batches (forward and backward passes) the importance of a tensor is averaged.")
         },
     )
     probe_batch_size: Optional[int] = field(
         default=None,
         metadata={
             "help": (
-                "Measure on the first rows of a batch only, in a pass of its own before the step. For those who can "
-                "afford the memory of the budgeted step but not of a full one."
+                "Measure on the first rows of a batch only, in a pass of its own before the step. For those who "
+                "can afford the memory of the budgeted step but not of a full one. Inputs whose rows do not "
+                "correspond to those of the batch, such as the patches of all its images, are refused."
             )
         },
     )
@@ -117,23 +123,31 @@ class GreenTrainerConfig(PeftConfig):
         default=False,
         metadata={
             "help": (
-                "False: whole tensors only. 'also': offer every linear tensor in two forms, of which one is selected at "
-                "most: whole, or as a low-rank update of the rank r, as in LoRA. 'only': as low-rank updates only."
+                "False: whole tensors only, as in the paper. 'also': offer every linear tensor in two forms, of "
+                "which one is selected at most: whole, or as a low-rank update of the rank r, as in LoRA. 'only': "
+                "linear tensors as low-rank updates only, and those that are tied not at all. With low-rank forms "
+                "importance is that of the update from one batch on the next, so that a probe takes one batch "
+                "more."
             )
         },
     )
-    r: int = field(default=8, metadata={"help": "The rank of low-rank updates."})
+    r: int = field(default=8, metadata={"help": ("The rank of low-rank updates.")})
     low_rank_lr: float = field(
         default=10.0,
-        metadata={"help": "The learning rate of low-rank updates, as a multiple of the optimizer's."},
+        metadata={
+            "help": (
+                "The learning rate of low-rank updates, as a multiple of the optimizer's. It is part of what was "
+                "saved: the factors in the file are stored in its terms."
+            )
+        },
     )
     target_modules: Optional[Union[list[str], str]] = field(
         default=None,
         metadata={
             "help": (
-                "The modules whose tensors may be trained: a list of module names or a regular expression. Default: "
-                "every module that owns floating-point parameters, without the tensors that did not require grad before "
-                "the model was wrapped, unless none did."
+                "The modules whose tensors may be trained: a list of module names or a regular expression. "
+                "Default: every module that owns floating-point parameters, without the tensors that did not "
+                "require grad before the model was wrapped, unless none did."
             )
         },
     )
@@ -141,8 +155,8 @@ class GreenTrainerConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "The modules whose tensors may not be trained: a list of module names or a regular expression. They "
-                "still count in the cost of full fine-tuning."
+                "The modules whose tensors may not be trained: a list of module names or a regular expression. "
+                "They still count in the cost of full fine-tuning."
             )
         },
     )
@@ -158,8 +172,8 @@ class GreenTrainerConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "The name of the list of layers that layers_to_transform counts in, such as 'layers' or 'h'. Only works "
-                "with layers_to_transform."
+                "The name of the list of layers that layers_to_transform counts in, such as 'layers' or 'h'. Only "
+                "works with layers_to_transform."
             )
         },
     )
@@ -173,15 +187,15 @@ class GreenTrainerConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "None: single rows of an embedding are not trained; put the embedding into modules_to_save. trl's trainers "
-                "look for it, where a chat template adds tokens."
+                "None: single rows of an embedding are not trained; put the embedding into modules_to_save. trl's "
+                "trainers look for it, where a chat template adds tokens."
             )
         },
     )
     init_weights: bool = field(
         default=True,
         metadata={
-            "help": "Whether trained values start at the base tensors. False moves them a little, for tests only."
+            "help": ("Whether trained values start at the base tensors. False moves them a little, for tests only.")
         },
     )
     format_version: int = field(
