@@ -26,6 +26,7 @@ from .model_tensors import find_tensors, left_out, named_modules
 from .provisional import provisional_selection, warn_if_never_selected
 from .refusals import (
     frozen_before,
+    refuse_names_of_modules,
     refuse_offloaded,
     refuse_wrapped_heads,
     tell_of_frozen,
@@ -79,6 +80,7 @@ class GreenTrainerTuner(SavedTuner):
             # Another adapter of the same tensors: trl copies one so, value by value.
             self.peft_config[adapter_name] = config = dataclasses.replace(config, spent=None)
         config.refuse_single_rows()
+        refuse_names_of_modules(model, self.peft_config)
         config.forget_earlier_model()
         if state_dict is not None:
             names = candidates_in(state_dict, named_modules(model))

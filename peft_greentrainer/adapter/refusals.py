@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -37,6 +37,17 @@ def refuse_wrapped_heads(model: nn.Module, config: GreenTrainerConfig) -> None:
                 f"modules_to_save names {key}, whose tensors are candidates of an earlier adapter. Add the adapter with "
                 "modules_to_save first, or give the earlier one exclude_modules."
             )
+
+
+def refuse_names_of_modules(model: nn.Module, adapter_names: Collection[str]) -> None:
+    """Raise `ValueError` if one of several adapters has the name of a module: peft leaves that module out of files of others."""
+    parts = {part for name in named_modules(model) for part in name.split(".")}
+    taken = sorted(parts.intersection(adapter_names)) if len(adapter_names) > 1 else []
+    if taken:
+        raise ValueError(
+            f"An adapter is called {taken[0]!r}, as a module of this model is, and peft would leave what other adapters have of "
+            "that module out of their files. Give the adapter another name."
+        )
 
 
 def tell_of_left_out(reasons: Iterable[str]) -> None:

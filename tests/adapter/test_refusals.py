@@ -642,3 +642,15 @@ def test_a_file_that_an_adapter_has_no_place_for_is_an_adapter_of_its_own(tmp_pa
     model.set_adapter("another")
     batch = make_batch("llama")
     assert torch.equal(model.eval()(**batch).logits, trained.eval()(**batch).logits)
+
+
+def test_an_adapter_with_the_name_of_a_module_is_refused_beside_others():
+    """peft's files of the others would lack that module, in silence: LoRA's do."""
+    base = make_model("llama")
+    model = get_peft_model(base, GreenTrainerConfig(), adapter_name="norm")  # alone it does no harm
+    with pytest.raises(ValueError, match="called 'norm', as a module of this model.*another name"):
+        model.add_adapter("other", GreenTrainerConfig())
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig())
+    with pytest.raises(ValueError, match="called 'mlp', as a module of this model.*another name"):
+        model.add_adapter("mlp", GreenTrainerConfig())
+    model.add_adapter("another", GreenTrainerConfig())
