@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..tensors.names import base_name, kind_of
@@ -16,6 +17,10 @@ from .candidates import Candidates
 from .config import GreenTrainerConfig
 from .layer import GreenTrainerLayer
 from .model_tensors import ModelTensors, named_modules
+
+
+# What peft puts in place of modules: inside, adapters have their names.
+WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def refuse_offloaded(model: nn.Module, keys: Iterable[str]) -> None:
@@ -41,7 +46,10 @@ def refuse_wrapped_heads(model: nn.Module, config: GreenTrainerConfig) -> None:
 
 def refuse_names_of_modules(model: nn.Module, adapter_names: Collection[str]) -> None:
     """Raise `ValueError` if one of several adapters has the name of a module: peft leaves that module out of files of others."""
-    parts = {part for name in named_modules(model) for part in name.split(".")}
+    modules = named_modules(model)
+    wrappers = [f"{name}." for name, module in modules.items() if isinstance(module, WRAPPERS)]
+    own = [name for name in modules if not any(name.startswith(wrapper) for wrapper in wrappers)]
+    parts = {part for name in own for part in name.split(".")}
     taken = sorted(parts.intersection(adapter_names)) if len(adapter_names) > 1 else []
     if taken:
         raise ValueError(
