@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, cast
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -13,8 +13,9 @@ from ..tensors.forms import LowRankForm
 from ..tensors.names import base_name
 
 
-# Layout of adapter_model.safetensors and of the fields below that describe it.
-FORMAT_VERSION = 1
+# Layout of adapter_model.safetensors and of the fields below that describe it. In 1 `unit` was called `budget`, and `low_rank`
+# was the rank of what is "also" offered.
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -233,6 +234,16 @@ class GreenTrainerConfig(PeftConfig):
     def form(self) -> LowRankForm:
         """How low-rank updates are made."""
         return LowRankForm(self.r, self.low_rank_lr)
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> GreenTrainerConfig:
+        """What peft makes a config of that was saved: fields of an earlier format get the names that they have now."""
+        if kwargs.get("format_version") == 1:
+            rank = kwargs["low_rank"]
+            if rank != "only":
+                kwargs |= {"low_rank": "also", "r": rank} if rank else {"low_rank": False}
+            kwargs |= {"unit": kwargs.pop("budget", "flops"), "format_version": FORMAT_VERSION}
+        return cast(GreenTrainerConfig, super().from_peft_type(**kwargs))
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # peft gives it no types

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from helpers.training import outputs, train_a_little
 from huggingface_hub import ModelCard
 from peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
 )
@@ -270,3 +272,37 @@ def test_hooks_on_a_wrapped_module_fire_once():
     inner.register_full_backward_hook(note("after wrapping, backward"))
     model(torch.randn(2, 4, requires_grad=True)).sum().backward()
     assert len(calls) == len(set(calls)) == 5
+
+
+SAVED = Path(__file__).parent / "saved_in_format_1"
+
+
+@pytest.mark.parametrize("config_cls", [GreenTrainerConfig, PeftConfig])
+def test_a_delta_that_was_saved_in_the_first_format_is_what_it_was(config_cls):
+    """`saved_in_format_1` was written when the config said `budget` and `low_rank=2`, and with it what the model gave then."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        config = config_cls.from_pretrained(SAVED)
+        model = PeftModel.from_pretrained(make_model("llama"), SAVED)
+    assert (config.unit, config.low_rank, config.r) == ("flops", "also", 2)
+    # peft itself says of the field that it does not know that the file is of a higher version.
+    assert any("budget" in str(warning.message) for warning in given) == (config_cls is PeftConfig)
+    expected = load_file(SAVED / "expected.safetensors")["logits"]
+    assert torch.equal(outputs(model, "llama"), expected)
+    assert model.peft_config["default"].format_version == 2
+
+
+@pytest.mark.parametrize(
+    "saved, expected",
+    [
+        ({"budget": "seconds", "low_rank": 0}, {"unit": "seconds", "low_rank": False}),
+        ({"budget": "flops", "low_rank": "only", "r": 4}, {"unit": "flops", "low_rank": "only", "r": 4}),
+        ({"budget": "flops", "low_rank": 4, "r": 8}, {"unit": "flops", "low_rank": "also", "r": 4}),
+    ],
+    ids=str,
+)
+def test_configs_of_the_first_format(saved, expected, tmp_path):
+    text = json.dumps({"peft_type": "GREENTRAINER", "format_version": 1, **saved})
+    (tmp_path / "adapter_config.json").write_text(text)
+    config = GreenTrainerConfig.from_pretrained(tmp_path)
+    assert {name: getattr(config, name) for name in expected} == expected
