@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from peft_greentrainer import GreenTrainerConfig
 from peft_greentrainer.adapter import model as tuner
 from peft_greentrainer.adapter import values
 from peft_greentrainer.adapter.candidates import ATTRIBUTE, candidates_of
+from peft_greentrainer.adapter.state import Values
 from peft_greentrainer.adapter.values import candidates, layers, set_selection, set_values
 
 
@@ -109,3 +111,35 @@ def test_all_linear_modules_of_a_compiled_model():
     # peft leaves the head out where it sees a transformers model, which the compiled one is not.
     compiled = names(torch.compile(make_model("llama"), backend="eager"))
     assert compiled == [*names(make_model("llama")), "lm_head.weight"]
+
+
+@pytest.mark.parametrize("low_rank", [False, "also"])
+def test_one_place_writes_the_selection(low_rank, monkeypatch, tmp_path):
+    """While an adapter is trained, saved and loaded into: the layers' values have it, and one function derives the config."""
+    model = get_peft_model(make_model("llama"), GreenTrainerConfig(rho=0.6, low_rank=low_rank, r=2, reselect=2))
+    writers = set()
+
+    def watched(cls, names):
+        write = cls.__setattr__
+
+        def noting(self, name, value):
+            if name in names:
+                writers.add(f"{cls.__name__}.{name} in {sys._getframe(1).f_code.co_name}")
+            write(self, name, value)
+
+        monkeypatch.setattr(cls, "__setattr__", noting)
+
+    watched(GreenTrainerConfig, ("selected", "tensors", "provisional"))
+    watched(Values, ("selected_candidates", "is_provisional"))
+    Loop(model).run(5)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    model.load_state_dict(model.state_dict())
+    # Fingerprints are forgotten where the base tensors may have been loaded too.
+    assert writers - {"GreenTrainerConfig.tensors in follow_layers"} == {
+        "GreenTrainerConfig.selected in follow_selection",
+        "GreenTrainerConfig.tensors in follow_selection",
+        "GreenTrainerConfig.provisional in follow_selection",
+        "Values.selected_candidates in note_selected",
+        "Values.is_provisional in note_selected",
+    }
