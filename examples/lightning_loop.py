@@ -13,8 +13,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_greentrainer import GreenTrainerConfig
-from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer import GreenTrainerConfig, flop_counter
 
 
 class Tuning(lightning.LightningModule):

@@ -10,8 +10,7 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_greentrainer import GreenTrainerConfig
-from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer import GreenTrainerConfig, flop_counter
 
 
 def main() -> None:

@@ -8,8 +8,7 @@ plans for a small network on the CPU, trains what was selected by hand, and prin
 import torch
 from torch import nn
 
-from peft_greentrainer import profile, select
-from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer import flop_counter, profile, select
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig
-from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, flop_counter
 
 
 def count_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:

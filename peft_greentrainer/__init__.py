@@ -13,6 +13,7 @@ registration.add_peft_type()
 
 from .adapter.config import GreenTrainerConfig  # noqa: E402
 from .adapter.layer import GreenTrainerLayer  # noqa: E402
+from .measuring.formulas import flop_counter  # noqa: E402
 from .measuring.profile import profile  # noqa: E402
 from .planning.graph import CostGraph  # noqa: E402
 from .planning.selection import Selection, select  # noqa: E402
@@ -38,6 +39,7 @@ __all__ = [
     "Selection",
     "convert_to_lora",
     "export_tensors",
+    "flop_counter",
     "profile",
     "save_as_lora",
     "select",

@@ -31,8 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from peft_greentrainer import GreenTrainerModel
-from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer import GreenTrainerModel, flop_counter
 
 
 # The first steps are for what a method spends once: a profile, or a provisional selection and a probe.

@@ -10,8 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from peft_greentrainer import profile
-from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer import flop_counter, profile
 
 
 TIMED_STEPS = 5

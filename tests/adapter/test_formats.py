@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 
-from peft_greentrainer import GreenTrainerConfig, profile
+from peft_greentrainer import GreenTrainerConfig, flop_counter, profile
 from peft_greentrainer.adapter.values import candidates, set_selection, set_values
-from peft_greentrainer.measuring.formulas import flop_counter
 
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]

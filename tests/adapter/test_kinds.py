@@ -21,9 +21,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, GreenTrainerLayer
+from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, GreenTrainerLayer, flop_counter
 from peft_greentrainer.adapter.values import candidates, set_selection, set_values
-from peft_greentrainer.measuring.formulas import flop_counter
 
 
 HEADS = {kind: "qa_outputs" if "answers" in kind else "score" if "llama" in kind else "classifier" for kind in TASKS}

@@ -16,9 +16,16 @@ from peft import (
 )
 from torch import nn
 
-from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer, convert_to_lora, export_tensors, profile, select
+from peft_greentrainer import (
+    GreenTrainerConfig,
+    GreenTrainerLayer,
+    convert_to_lora,
+    export_tensors,
+    flop_counter,
+    profile,
+    select,
+)
 from peft_greentrainer.adapter.values import candidates, layers
-from peft_greentrainer.measuring.formulas import flop_counter
 from peft_greentrainer.training.allocator import allocator_of
 
 

@@ -15,9 +15,8 @@ from torch import nn
 from transformers import BatchEncoding, DynamicCache
 from trl import SFTConfig, SFTTrainer, clone_chat_template
 
-from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, GreenTrainerLayer
+from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, GreenTrainerLayer, flop_counter
 from peft_greentrainer.adapter.values import candidates
-from peft_greentrainer.measuring.formulas import flop_counter
 from peft_greentrainer.training.probe_inputs import FirstRows
 
 

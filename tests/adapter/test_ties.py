@@ -12,9 +12,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer, export_tensors
+from peft_greentrainer import GreenTrainerConfig, GreenTrainerLayer, export_tensors, flop_counter
 from peft_greentrainer.adapter.values import candidates, layers
-from peft_greentrainer.measuring.formulas import flop_counter
 
 
 class Tied(nn.Module):

@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from helpers.models import make_batch
 
+from peft_greentrainer import flop_counter
 from peft_greentrainer.adapter.values import candidates, set_selection, set_values
-from peft_greentrainer.measuring.formulas import flop_counter
 
 
 def outputs(model, kind):

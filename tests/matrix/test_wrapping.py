@@ -8,9 +8,8 @@ from helpers.cases import TRAINED
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_greentrainer import GreenTrainerLayer, profile
+from peft_greentrainer import GreenTrainerLayer, flop_counter, profile
 from peft_greentrainer.adapter.values import candidates, layers
-from peft_greentrainer.measuring.formulas import flop_counter
 
 
 only_trained = pytest.mark.parametrize("case", TRAINED, indirect=True, ids=lambda case: case[0])

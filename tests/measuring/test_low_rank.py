@@ -14,9 +14,8 @@ from torch import nn
 from transformers import Adafactor
 from transformers.pytorch_utils import Conv1D
 
-from peft_greentrainer import GreenTrainerConfig, convert_to_lora, export_tensors, profile, select
+from peft_greentrainer import GreenTrainerConfig, convert_to_lora, export_tensors, flop_counter, profile, select
 from peft_greentrainer.adapter.values import candidates, layers
-from peft_greentrainer.measuring.formulas import flop_counter
 from peft_greentrainer.measuring.importance import CrossBatch
 from peft_greentrainer.tensors.forms import LowRankForm
 from peft_greentrainer.tensors.names import factors, is_low_rank, low_rank_form, tensor_of

@@ -10,8 +10,7 @@ from helpers.models import make_batch, make_model
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_greentrainer import GreenTrainerConfig, convert_to_lora
-from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer import GreenTrainerConfig, convert_to_lora, flop_counter
 from peft_greentrainer.measuring.importance import CrossBatch, SameBatch, importance
 from peft_greentrainer.training.allocator import allocator_of
 

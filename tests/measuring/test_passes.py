@@ -11,8 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_greentrainer import GreenTrainerConfig, profile
-from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer import GreenTrainerConfig, flop_counter, profile
 from peft_greentrainer.training.allocator import allocator_of
 
 

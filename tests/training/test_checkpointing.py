@@ -8,8 +8,7 @@ from helpers.training import counting
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, profile
-from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, flop_counter, profile
 
 
 def check_saving(trainer, model, rho):

@@ -9,8 +9,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig
-from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, flop_counter
 from peft_greentrainer.training.allocator import allocator_of
 from peft_greentrainer.training.callback import base_model
 

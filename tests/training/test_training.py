@@ -12,9 +12,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, profile
+from peft_greentrainer import GreenTrainerCallback, GreenTrainerConfig, flop_counter, profile
 from peft_greentrainer.adapter.values import candidates, layers
-from peft_greentrainer.measuring.formulas import flop_counter
 from peft_greentrainer.measuring.importance import importance
 from peft_greentrainer.training.allocator import allocator_of
 

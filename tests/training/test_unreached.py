@@ -10,8 +10,7 @@ import torch.multiprocessing
 from peft import get_peft_model
 from torch import nn
 
-from peft_greentrainer import GreenTrainerConfig
-from peft_greentrainer.measuring.formulas import flop_counter
+from peft_greentrainer import GreenTrainerConfig, flop_counter
 from peft_greentrainer.training.allocator import allocator_of
 from peft_greentrainer.training.unreached import PATIENCE
 
