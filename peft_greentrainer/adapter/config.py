@@ -243,7 +243,8 @@ class GreenTrainerConfig(PeftConfig):
             if rank != "only":
                 kwargs |= {"low_rank": "also", "r": rank} if rank else {"low_rank": False}
             kwargs |= {"unit": kwargs.pop("budget", "flops"), "format_version": FORMAT_VERSION}
-        return cast(GreenTrainerConfig, super().from_peft_type(**kwargs))
+        saved: Any = super()  # which has no types
+        return cast(GreenTrainerConfig, saved.from_peft_type(**kwargs))
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # peft gives it no types

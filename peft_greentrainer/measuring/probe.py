@@ -1,7 +1,7 @@
 """A probe: measures cost and importance inside an ordinary training step.
 
     >>> probe = Probe(model, parameters, measure=SameBatch("adam", rates={}))
-    >>> probe.arm()
+    >>> probe.arm(enclosing_modules(model, nn.Module))
     >>> model(**batch).loss.backward()                # the next step, as the user's loop runs it
     >>> probe.end_turn()
     >>> probe.complete
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from ..planning.graph import CostGraph
 from ..tensors.names import candidate_of
 from .calls import Call, Calls
-from .enclosing import enclosing_modules
 from .importance import Measure
 from .low_rank import LowRankForms
 from .operations import Operations
@@ -119,12 +118,14 @@ class Probe:
         timing = 0 if self.time_with is None else 1 + 2 * PASSES
         return timing + (1.0 if self.part is None else 1.0 + share)
 
-    def arm(self) -> None:
+    def arm(self, holders: Iterable[nn.Module]) -> None:
         """Measure from the next forward pass with gradients on. Until then nothing is computed otherwise.
+
+        `holders` are the modules that the model is a part of, see `enclosing_modules`.
 
         What this changes in the user's modules until `disarm`: see `Calls`, and what is compiled runs eagerly.
         """
-        holders = enclosing_modules(self.model, nn.Module)
+        holders = list(holders)
         for module in [*self.model.modules(), *holders]:
             self._run_eagerly(module)
         self._armed.callback(self._watch.close)

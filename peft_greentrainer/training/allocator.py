@@ -20,6 +20,7 @@ from ..adapter.config import GreenTrainerConfig
 from ..adapter.refusals import refuse_replaced
 from ..adapter.save_and_load import follow_layers
 from ..adapter.values import layers, selected_values, set_selection
+from ..measuring.enclosing import enclosing_modules
 from ..measuring.importance import is_known, unwrapped
 from ..measuring.probe import Probe
 from ..planning.graph import CostGraph
@@ -243,8 +244,9 @@ class Allocator:
                     "Importance is that of the update which Adam would make; that of "
                     f"{type(unwrapped(optimizer)).__name__} is not known."
                 )
-        self._probe = new_probe(self.model, adapter_name, config, setup, placement)
-        self._probe.arm()
+        holders = enclosing_modules(self.model, nn.Module)  # a look at all objects of the process
+        self._probe = new_probe(self.model, adapter_name, config, setup, placement, holders)
+        self._probe.arm(holders)
         self._turns_before = 0
         return self._probe
 

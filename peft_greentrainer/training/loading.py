@@ -11,7 +11,6 @@ holds it is tests/adapter/test_state.py::test_an_optimizer_that_was_made_before_
 
 from __future__ import annotations
 
-import gc
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from torch import nn
 from ..adapter.save_and_load import follow_layers
 from ..adapter.state import EXTRA_STATE
 from ..adapter.values import layers
+from ..measuring.enclosing import instances
 from .param_groups import Group, keep_in_step
 from .placement import OptimizerSetup, find_placement
 
@@ -73,7 +73,7 @@ def _before_loading(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
         vars(model)["_greentrainer_allocator"].end()  # what it was going to measure may be gone
     adapters = _adapters_of_values(model)
     values = [value for value, _ in adapters.values()]
-    for optimizer in [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]:
+    for optimizer in instances(torch.optim.Optimizer):
         members = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for adapter_name in {adapter for i, (_, adapter) in adapters.items() if i in members}:
             groups = find_placement(OptimizerSetup([optimizer]), model, adapter_name).groups

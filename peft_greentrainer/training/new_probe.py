@@ -1,10 +1,13 @@
 """Makes the probe that an adapter's config asks for.
 
->>> probe = new_probe(base_model, "default", config, setup, placement)
->>> probe.arm()                                   # the next step is measured
+>>> holders = enclosing_modules(base_model, nn.Module)
+>>> probe = new_probe(base_model, "default", config, setup, placement, holders)
+>>> probe.arm(holders)                                 # the next step is measured
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -22,7 +25,12 @@ from .probe_inputs import FirstRows
 
 
 def new_probe(
-    model: nn.Module, adapter_name: str, config: GreenTrainerConfig, setup: OptimizerSetup, placement: Placement
+    model: nn.Module,
+    adapter_name: str,
+    config: GreenTrainerConfig,
+    setup: OptimizerSetup,
+    placement: Placement,
+    holders: Iterable[nn.Module],
 ) -> Probe:
     """A probe that is not armed yet.
 
@@ -32,11 +40,14 @@ def new_probe(
         config: its config.
         setup: the optimizers; the first one's rule is that of tensors that have no place.
         placement: the group, and with it the learning rate, of each tensor.
+        holders: the modules that the base model is a part of.
     """
     rule = update_rule(setup.optimizers[0])
     rules = {name: update_rule(optimizer) for name, optimizer in placement.optimizers.items()}
     rates = _learning_rates(placement)
-    parameters = _measured_parameters(model, adapter_name)
+    # Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors, the factors
+    # of low-rank updates, and what a model around the base trains.
+    parameters = outer_parameters(model, holders) | parameters_in_use(model, adapter_name)
     if config.provisional:  # factors that may be gone are measured like those that do not exist yet
         parameters = {name: p for name, p in parameters.items() if candidate_of(name) == name}
     measure: Measure = SameBatch(rule, rates, rules)
@@ -63,9 +74,3 @@ def _learning_rates(placement: Placement) -> dict[str, float]:
     if any(rates.values()):
         return rates
     return dict.fromkeys(rates, 1.0)  # none given, or a warm-up that starts at zero; only proportions matter
-
-
-def _measured_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Every parameter that full fine-tuning would train, by its name in the base model: values for base tensors; the
-    factors of low-rank updates; and what a model around the base trains."""
-    return outer_parameters(model) | parameters_in_use(model, adapter_name)
