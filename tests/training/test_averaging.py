@@ -200,6 +200,7 @@ def test_other_models_are_averaged_as_ever_and_importing_again_changes_nothing()
         kept["peft_greentrainer"].registration.register(
             kept["peft_greentrainer"].GreenTrainerConfig, kept["peft_greentrainer"].GreenTrainerModel
         )
+        kept["peft_greentrainer"].registration.register_card(kept["peft_greentrainer.sharing.card"].describe)
         kept["peft_greentrainer.training.averaging"].follow_selections()
 
 
