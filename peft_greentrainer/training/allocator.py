@@ -19,7 +19,7 @@ from ..adapter.candidates import candidates_of
 from ..adapter.config import GreenTrainerConfig
 from ..adapter.refusals import refuse_replaced
 from ..adapter.save_and_load import follow_layers
-from ..adapter.values import layers, selected_values, set_selection
+from ..adapter.values import config_of, layers, selected_values, set_selection
 from ..measuring.enclosing import enclosing_modules
 from ..measuring.importance import is_known, unwrapped
 from ..measuring.probe import Probe
@@ -179,7 +179,7 @@ class Allocator:
                 "one to train."
             )
         adapter_name = active.pop()
-        config: GreenTrainerConfig = cast(Any, self.model).peft_config[adapter_name]
+        config = config_of(self.model, adapter_name)
         if config.inference_mode:
             raise ValueError(
                 f"The adapter '{adapter_name}' was loaded for inference: load it with is_trainable=True to train it."

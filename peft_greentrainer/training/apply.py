@@ -9,13 +9,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..adapter.config import GreenTrainerConfig
-from ..adapter.values import layers, set_selection, set_values
+from ..adapter.values import config_of, layers_with, set_selection, set_values
 from .averaging import update_averages
 from .parallel.ddp import rebuild_reducers
 from .param_groups import keep_in_step
@@ -38,7 +36,7 @@ def apply_selection(
         optimizers: those that train the model; they stay the same objects.
         placement: the group of each tensor.
     """
-    config: GreenTrainerConfig = cast(Any, model).peft_config[adapter_name]
+    config = config_of(model, adapter_name)
     before = _values(model, adapter_name)
     # What the provisional selection trained was a stand-in for the first steps: unless selected now, it is forgotten.
     kept = set() if config.provisional else set(config.tensors or ())
@@ -52,5 +50,5 @@ def apply_selection(
 
 
 def _values(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    adapters = [layer.greentrainer_values for layer in layers(model).values()]
-    return [value for values in adapters if adapter_name in values for value in values[adapter_name].parameters()]
+    wrappers = layers_with(model, adapter_name).values()
+    return [value for layer in wrappers for value in layer.greentrainer_values[adapter_name].parameters()]
